@@ -1,0 +1,152 @@
+//! The lease in numbers: T_h, K, W, and who may act until when (protocol §3).
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::records::ClusterRecords;
+use super::time::Moment;
+use super::view::Silence;
+
+/// Largest difference of two machines' clock rates that is covered, in parts per thousand. Crystals are within 0.2;
+/// ten leaves fifty times that.
+const RATE_ERROR_PER_MILLE: u64 = 10;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timings {
+    /// H: period of renewals.
+    pub heartbeat: Duration,
+    /// T_h: how long the holder may act after the sending of a renewal that succeeded.
+    pub ttl: Duration,
+    /// K: how long before the holder's deadline the guardian begins to kill.
+    pub kill_budget: Duration,
+    /// Deadline of one renewal; two have to fit.
+    pub renewal_timeout: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidTimings {
+    #[error(
+        "lease.ttl = {ttl:?} is too short: lease.ttl >= lease.kill_budget + 2 * lease.renewal_timeout + lease.heartbeat \
+         must hold, and {kill_budget:?} + 2 * {renewal_timeout:?} + {heartbeat:?} = {needed:?}; raise lease.ttl to at least \
+         {needed:?} or lower the others"
+    )]
+    TtlTooShort {
+        ttl: Duration,
+        kill_budget: Duration,
+        renewal_timeout: Duration,
+        heartbeat: Duration,
+        needed: Duration,
+    },
+    #[error("{field} = {value:?} is outside {least:?} to {most:?}")]
+    OutOfRange { field: &'static str, value: Duration, least: Duration, most: Duration },
+}
+
+impl Timings {
+    /// Refuses settings under which two holders could overlap or a single lost renewal would end a term.
+    pub fn validate(&self) -> Result<(), InvalidTimings> {
+        let range = |field, value, least: Duration, most: Duration| {
+            if value < least || value > most {
+                Err(InvalidTimings::OutOfRange { field, value, least, most })
+            } else {
+                Ok(())
+            }
+        };
+        range("lease.heartbeat", self.heartbeat, Duration::from_millis(100), Duration::from_secs(30))?;
+        range("lease.ttl", self.ttl, Duration::from_secs(1), Duration::from_secs(300))?;
+        range("lease.kill_budget", self.kill_budget, Duration::from_millis(50), Duration::from_secs(30))?;
+        range("lease.renewal_timeout", self.renewal_timeout, Duration::from_millis(50), Duration::from_secs(60))?;
+        let needed = self.kill_budget + 2 * self.renewal_timeout + self.heartbeat;
+        if self.ttl < needed {
+            return Err(InvalidTimings::TtlTooShort {
+                ttl: self.ttl,
+                kill_budget: self.kill_budget,
+                renewal_timeout: self.renewal_timeout,
+                heartbeat: self.heartbeat,
+                needed,
+            });
+        }
+        Ok(())
+    }
+
+    /// D: the holder's deadline, counted from before the renewal was sent.
+    pub fn deadline(&self, sent: Moment) -> Moment {
+        sent.plus(self.ttl)
+    }
+
+    /// F = D − K: when the guardian kills.
+    pub fn kill_at(&self, sent: Moment) -> Moment {
+        self.deadline(sent).minus(self.kill_budget)
+    }
+
+    /// W ≥ T_h · (1 + ρ)/(1 − ρ): how long a candidate waits on its own clocks. `holder_ttl` is what the holder's record
+    /// says; whoever runs with other settings is waited for by the longer of both.
+    pub fn candidate_wait(&self, holder_ttl: Duration) -> Duration {
+        let ttl = self.ttl.max(holder_ttl);
+        let nanoseconds = ttl.as_nanos() * u128::from(1000 + RATE_ERROR_PER_MILLE);
+        let per = u128::from(1000 - RATE_ERROR_PER_MILLE);
+        Duration::from_nanos(u64::try_from(nanoseconds.div_ceil(per)).unwrap_or(u64::MAX))
+    }
+}
+
+impl Silence {
+    /// The silence as this reading continues it: the same lease goes on being silent, anything else starts anew.
+    pub fn observe(previous: Option<Silence>, records: &ClusterRecords, observed_at: Moment) -> Option<Silence> {
+        let leader = records.leader.present()?;
+        let seq = match records.lease.value() {
+            Some(lease) if lease.term == leader.value.term => lease.seq,
+            // Not renewed yet, unreadable or of another term: the record's own revision is the sign of life.
+            _ => 0,
+        };
+        let now = Silence { term: leader.value.term, leader_revision: leader.revision, seq, first_seen: observed_at };
+        match previous {
+            Some(p) if p.term == now.term && p.leader_revision == now.leader_revision && p.seq == seq => Some(p),
+            _ => Some(now),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn defaults() -> Timings {
+        Timings {
+            heartbeat: Duration::from_secs(1),
+            ttl: Duration::from_secs(8),
+            kill_budget: Duration::from_secs(1),
+            renewal_timeout: Duration::from_secs(2),
+        }
+    }
+
+    #[test]
+    fn candidate_outwaits_every_holder_whatever_the_clock_rates() {
+        for ttl_ms in [1_000, 3_000, 8_000, 24_000] {
+            let timings = Timings { ttl: Duration::from_millis(ttl_ms), ..defaults() };
+            let wait = timings.candidate_wait(timings.ttl).as_secs_f64();
+            // Slowest holder, fastest candidate: W/(1+ρ) >= T_h/(1−ρ) in true time.
+            assert!(wait / 1.01 >= timings.ttl.as_secs_f64() / 0.99);
+        }
+        assert!(defaults().candidate_wait(Duration::from_secs(8)) <= Duration::from_millis(8_200));
+    }
+
+    #[test]
+    fn candidate_waits_by_the_longer_of_both_settings() {
+        assert!(defaults().candidate_wait(Duration::from_secs(20)) > Duration::from_secs(20));
+    }
+
+    #[test]
+    fn guardian_fires_before_the_deadline() {
+        let sent = Moment::at(5_000_000_000);
+        assert_eq!(defaults().deadline(sent), Moment::at(13_000_000_000));
+        assert_eq!(defaults().kill_at(sent), Moment::at(12_000_000_000));
+    }
+
+    #[test]
+    fn settings_that_leave_no_second_try_are_refused_with_the_inequality() {
+        let timings = Timings { ttl: Duration::from_secs(5), ..defaults() };
+        let message = timings.validate().unwrap_err().to_string();
+        assert!(message.contains("1s + 2 * 2s + 1s = 6s"), "{message}");
+        assert!(defaults().validate().is_ok());
+    }
+}

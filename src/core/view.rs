@@ -1,0 +1,409 @@
+//! Everything a decision may know, as one value. Every observed part says when it was observed; "unknown" is a variant.
+//! A view is complete and serialisable: `/v1/decisions` keeps them, `pgvigil explain --replay` decides them again.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::lease::Timings;
+use super::lsn::Lsn;
+use super::names::{MemberId, MemberName};
+use super::plan::{Follow, SyncRule};
+use super::records::{ClusterRecords, Durability, MemberRecord, Outcome, Position, Tags};
+use super::time::Moment;
+use super::timeline::{History, Term, TimelineId};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct View {
+    pub now: Moment,
+    pub me: Me,
+    pub policy: Policy,
+    pub local: Local,
+    pub store: Store,
+    pub lease: LeaseView,
+    pub memory: Memory,
+    pub job: Option<Job>,
+    /// The agent was told to stop (SIGTERM): hand over, then stop PostgreSQL.
+    pub stopping: bool,
+}
+
+/// Who this agent is: from the configuration and the state file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Me {
+    pub id: MemberId,
+    pub boot_id: String,
+    pub start_counter: u64,
+    pub tags: Tags,
+    /// What the state file remembers of the cluster; `None` before the member ever belonged to one.
+    pub system_identifier: Option<u64>,
+    /// All members named in the configuration, this one included.
+    pub configured: Vec<MemberName>,
+    pub host: String,
+    pub port: u16,
+    pub api_url: String,
+    pub agent_version: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Policy {
+    pub timings: Timings,
+    pub durability: Durability,
+    /// Acknowledgements from standbys that a commit needs (k) while enough are there.
+    pub k: u32,
+    pub max_stall: Duration,
+    /// Async: how far behind a standby may be and still be promoted.
+    pub max_lag: u64,
+    pub election_wait: Duration,
+    pub election_give_up: Duration,
+    /// Prefer a standby to a restart in place when PostgreSQL crashes.
+    pub crash_failover: bool,
+    pub crash_max_restarts: u32,
+    pub crash_window: Duration,
+    pub start_timeout: Duration,
+    pub stop_timeout: Duration,
+    pub member_publish: Duration,
+    /// Sets diverged data aside and clones when a rewind is not possible.
+    pub reclone: bool,
+}
+
+// === What is here ===
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Local {
+    pub observed_at: Moment,
+    pub data: DataDirectory,
+    pub postgres: LocalPostgres,
+    pub guard: Guard,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "is")]
+pub enum DataDirectory {
+    /// Missing or empty.
+    Empty,
+    Present {
+        system_identifier: u64,
+        /// Timeline of the last checkpoint in the control file.
+        checkpoint_timeline: TimelineId,
+        /// PostgreSQL's major version from PG_VERSION.
+        version: u32,
+        cleanly_stopped: bool,
+    },
+    /// A job of ours was interrupted in it (initdb, clone, rewind): it is not a database.
+    Unfinished {
+        what: String,
+    },
+    /// Something else is in it: refused, nothing is touched (S7).
+    Foreign {
+        why: String,
+    },
+    Unknown {
+        why: String,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "is")]
+pub enum LocalPostgres {
+    /// The guardian says that no process of it is left.
+    Down,
+    /// Processes run, no connection is accepted yet.
+    Starting {
+        why: String,
+    },
+    Standby(StandbyFacts),
+    Primary(PrimaryFacts),
+    Unknown {
+        why: String,
+    },
+}
+
+impl LocalPostgres {
+    pub fn standby(&self) -> Option<&StandbyFacts> {
+        match self {
+            LocalPostgres::Standby(facts) => Some(facts),
+            _ => None,
+        }
+    }
+
+    pub fn primary(&self) -> Option<&PrimaryFacts> {
+        match self {
+            LocalPostgres::Primary(facts) => Some(facts),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StandbyFacts {
+    /// Version of the running server (`server_version_num`).
+    pub version: u32,
+    pub system_identifier: u64,
+    /// Timeline being replayed, its ancestors, and how far.
+    pub timeline: TimelineId,
+    pub history: History,
+    pub replayed: Lsn,
+    pub received: Option<Lsn>,
+    pub replay_paused: bool,
+    /// Milliseconds since the last replayed commit; `None`: none replayed yet.
+    pub replay_delay_ms: Option<u64>,
+    /// What the running server has for primary_conninfo, as a `Follow`; `None`: parked.
+    pub follows: Option<Follow>,
+    pub receiver: Receiver,
+    pub pending_restart: bool,
+    pub slots: BTreeMap<String, Option<Lsn>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Receiver {
+    None,
+    Connecting,
+    Streaming,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrimaryFacts {
+    pub version: u32,
+    pub system_identifier: u64,
+    pub timeline: TimelineId,
+    pub history: History,
+    pub flushed: Lsn,
+    /// False when default_transaction_read_only is on.
+    pub writable: bool,
+    /// `synchronous_standby_names` as the server shows it.
+    pub rule_text: String,
+    pub replicas: Vec<Replica>,
+    pub slots: BTreeMap<String, Option<Lsn>>,
+    pub pending_restart: bool,
+    /// Settings that weaken durability behind our back, one sentence each.
+    pub exceptions: Vec<String>,
+}
+
+/// A row of pg_stat_replication.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Replica {
+    pub pid: i32,
+    pub application_name: String,
+    pub state: String,
+    pub flushed: Option<Lsn>,
+    pub replayed: Option<Lsn>,
+    pub sync_priority: i32,
+    /// Milliseconds since its last reply.
+    pub reply_age_ms: Option<u64>,
+}
+
+/// What the guardian says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Guard {
+    pub state: GuardState,
+    /// Real-time priority, cgroup.kill, guardian's own death covered: shown, and K follows from the first.
+    pub real_time: bool,
+    pub control_group: bool,
+    pub death_covered: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "is")]
+pub enum GuardState {
+    /// No guardian answers: nothing may be promoted, no lease may be renewed.
+    Absent {
+        why: String,
+    },
+    /// No process of PostgreSQL is left. `exit` tells how the last one ended, when one did.
+    Idle {
+        exit: Option<Exit>,
+    },
+    /// Killed, but processes in uninterruptible sleep are left; a start has to wait.
+    Survivors {
+        count: u32,
+    },
+    Running {
+        postmaster: i32,
+        armed: Option<Term>,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// `exit code 1`, `signal 9`, `killed by the guardian: deadline of term 4 passed`, …
+    pub how: String,
+    /// The postmaster ended by itself with status 0: an orderly shutdown.
+    pub orderly: bool,
+    /// Counts the starts of PostgreSQL under this guardian, so that each end is seen once.
+    pub start_number: u64,
+}
+
+// === What the store says ===
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "is")]
+#[allow(clippy::large_enum_variant, reason = "one per view")]
+pub enum Store {
+    Known {
+        observed_at: Moment,
+        records: Box<ClusterRecords>,
+    },
+    /// Not readable now. The last reading is kept for showing, never for deciding.
+    Unknown {
+        why: String,
+        since: Moment,
+    },
+}
+
+impl Store {
+    pub fn records(&self) -> Option<&ClusterRecords> {
+        match self {
+            Store::Known { records, .. } => Some(records),
+            Store::Unknown { .. } => None,
+        }
+    }
+}
+
+/// The lease keeper's word.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "is")]
+pub enum LeaseView {
+    #[default]
+    None,
+    /// Told to keep this term; no renewal has succeeded yet.
+    Claimed { term: Term },
+    /// `deadline` is D, counted from before the last successful renewal was sent.
+    Held { term: Term, deadline: Moment },
+    /// A renewal found another record: the term is over.
+    Lost { term: Term },
+}
+
+impl LeaseView {
+    pub fn term(&self) -> Option<Term> {
+        match self {
+            LeaseView::None => None,
+            LeaseView::Claimed { term } | LeaseView::Held { term, .. } | LeaseView::Lost { term } => Some(*term),
+        }
+    }
+
+    /// Holds `term`, and no clock has reached D.
+    pub fn valid(&self, term: Term, now: Moment) -> bool {
+        matches!(self, LeaseView::Held { term: held, deadline } if *held == term && !now.any_reached(*deadline))
+    }
+}
+
+// === What is remembered ===
+
+/// Kept between rounds. `durable` is in the state file (fsync before anybody hears of it); the rest dies with the agent,
+/// and forgetting it is always safe.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Memory {
+    pub durable: Durable,
+    pub silence: Option<Silence>,
+    pub releases: Option<SeenRelease>,
+    /// Since when each member of the published set has not streamed, as this leader saw it.
+    pub stalled: BTreeMap<MemberName, Moment>,
+    /// Beats of the other members and when each was last seen to change.
+    pub beats: BTreeMap<MemberName, (u64, Moment)>,
+    /// The rule that a barrier confirmed under the present term; `None`: unknown.
+    pub enforced: Option<SyncRule>,
+    /// A write of `sync` whose outcome is unknown: enough for both claims is enforced until a later write succeeds.
+    pub doubtful_sync: bool,
+    /// Our own election of this term, and when it began.
+    pub election: Option<ElectionMemory>,
+    /// When this member became a promoted winner, per term.
+    pub promoted: Option<(Term, Moment)>,
+    /// Crashes of PostgreSQL within the window, by start number.
+    pub crashes: Vec<(u64, Moment)>,
+    pub rejoin_failures: u32,
+    /// Nothing of this kind is tried again before.
+    pub retry_after: Option<Moment>,
+    /// Operations being worked on here.
+    pub operation: Option<OperationMemory>,
+    /// Phases of the present change of leader, for the history record.
+    pub phases: BTreeMap<String, u64>,
+    /// When our own member record was last written, and what it said.
+    pub published: Option<(Moment, MemberRecord)>,
+    /// This member is going to be stopped by request until it is started again; set by an orderly stop.
+    pub handed_over: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Durable {
+    /// Highest term seen in the store: a store that says less is not believed.
+    pub highest_term: Term,
+    /// Highest term sealed: no WAL from a leader of a lower one is taken any more.
+    pub sealed_term: Term,
+    pub highest_sync_term: Term,
+    pub store_id: u64,
+    pub store_revision: i64,
+}
+
+/// Since when the store shows the same lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Silence {
+    pub term: Term,
+    pub leader_revision: i64,
+    pub seq: u64,
+    pub first_seen: Moment,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenRelease {
+    pub leader_revision: i64,
+    pub first_seen: Moment,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ElectionMemory {
+    pub term: Term,
+    pub since: Moment,
+    /// When as many seals as needed were first there.
+    pub enough_since: Option<Moment>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OperationMemory {
+    pub id: String,
+    pub phase: String,
+    pub since: Moment,
+    pub outcome: Option<Outcome>,
+}
+
+// === What runs ===
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Job {
+    pub what: JobKind,
+    pub since: Moment,
+    pub done_bytes: Option<u64>,
+    pub total_bytes: Option<u64>,
+    /// `None` while it runs.
+    pub result: Option<Result<String, String>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "is")]
+pub enum JobKind {
+    Bootstrap,
+    Clone {
+        from: MemberName,
+    },
+    Rewind {
+        from: MemberName,
+    },
+    /// Stop cleanly, verify, release: the middle of a switchover or of an orderly stop.
+    HandOver {
+        to: Option<MemberName>,
+    },
+    Restart,
+    Seal {
+        term: Term,
+    },
+    Promote {
+        term: Term,
+    },
+    Enforce {
+        to: SyncRule,
+    },
+}
+
+/// The last position of this member that a seal fixed, if its process still remembers it.
+pub type Sealed = Option<(Term, Position)>;
