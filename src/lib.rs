@@ -1,6 +1,13 @@
 //! pgvigil: high availability for the PostgreSQL of a MAAS. `docs/ARCHITECTURE.md` is the map.
 
 pub mod agent;
+pub mod api;
+pub mod cli;
 pub mod config;
 pub mod core;
+pub mod dcs;
+pub mod demo;
+pub mod fencing;
+pub mod guardian;
 pub mod ports;
+pub mod postgres;

@@ -1,0 +1,1 @@
+//! Real PostgreSQL, real etcd, real processes killed.
