@@ -9,8 +9,8 @@ use super::error::{Source, nearest};
 use super::raw;
 use super::units::{Span, show_duration};
 use super::{
-    ApiConfig, Config, ConfigError, Environment, EtcdConfig, GuardianConfig, LogConfig, MemberAddress, PostgresConfig,
-    keys, secrets,
+    ApiConfig, Config, ConfigError, Contact, Environment, EtcdConfig, GuardianConfig, LogConfig, MemberAddress,
+    PostgresConfig, keys, secrets,
 };
 use crate::core::lease::Timings;
 use crate::core::names::{ClusterName, MemberName};
@@ -70,11 +70,14 @@ pub(super) fn config(path: &Path, text: &str, environment: Environment<'_>) -> R
     })
 }
 
-/// The member list alone: what a command needs to find the cluster.
-pub(super) fn members(path: &Path, text: &str) -> Result<Vec<MemberAddress>, ConfigError> {
+/// The member list and this member's name: what a command needs to find the cluster.
+pub(super) fn contact(path: &Path, text: &str, environment: Environment<'_>) -> Result<Contact, ConfigError> {
     let source = Source { file: path, text };
     let file: raw::File = toml::from_str(text).map_err(|error| source.toml(&error))?;
-    Check { source, environment: &|_| None }.members(&file.members)
+    let check = Check { source, environment };
+    let members = check.members(&file.members)?;
+    let name = check.name(file.name, &members).ok();
+    Ok(Contact { name, members, token_file: file.api.token_file })
 }
 
 struct Check<'a> {

@@ -130,6 +130,15 @@ impl std::fmt::Debug for Secret {
     }
 }
 
+/// What a command needs to find the cluster.
+#[derive(Clone, Debug)]
+pub struct Contact {
+    /// The member on this host, if the file or the environment says which one it is.
+    pub name: Option<MemberName>,
+    pub members: Vec<MemberAddress>,
+    pub token_file: Option<PathBuf>,
+}
+
 /// Where settings come from besides the file; tests give their own.
 pub type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
 
@@ -144,9 +153,9 @@ impl Config {
         check::config(path, text, environment)
     }
 
-    /// The members alone: for commands that talk to the cluster and may not read its secrets.
-    pub fn members_of(path: &Path) -> Result<Vec<MemberAddress>, ConfigError> {
-        check::members(path, &error::read_file(path)?)
+    /// Whom to ask: for commands that talk to the cluster and may not be allowed to read its secrets.
+    pub fn contact(path: &Path) -> Result<Contact, ConfigError> {
+        check::contact(path, &error::read_file(path)?, &process_environment)
     }
 
     pub fn me(&self) -> &MemberAddress {
