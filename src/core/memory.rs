@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::election::{Verdict, judge};
 use super::plan::{SyncRule, parse_walreceiver_name};
-use super::records::{ClusterRecords, LeaderState, Operation};
+use super::records::{ClusterRecords, LeaderState, Operation, Outcome};
 use super::time::Moment;
 use super::timeline::Term;
 use super::view::{
@@ -177,7 +177,13 @@ impl Memory {
                 }
             }
             JobKind::Promote { term } => self.promotion_failed = Some(*term),
-            JobKind::Seal { .. } | JobKind::HandOver { .. } | JobKind::Restart | JobKind::Stop => {}
+            JobKind::HandOver { .. } | JobKind::Restart => {
+                // Said to whoever asked by the next round (S11).
+                if let (Err(why), Some(operation)) = (result, self.operation.as_mut()) {
+                    operation.outcome = Some(Outcome::PutBack { message: why.clone() });
+                }
+            }
+            JobKind::Seal { .. } | JobKind::Stop => {}
         }
         self
     }

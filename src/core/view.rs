@@ -325,6 +325,8 @@ pub struct Memory {
     pub retry_after: Option<Moment>,
     /// Operations being worked on here.
     pub operation: Option<OperationMemory>,
+    /// A hand-over under this term stopped PostgreSQL and was put back: it is started again here.
+    pub in_place: Option<Term>,
     /// Start number of the last end of PostgreSQL that was taken in.
     pub last_exit: u64,
     /// Phases of the present change of leader in milliseconds since its first, for the history record.

@@ -136,6 +136,19 @@ fn sync(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -
             ),
         );
     };
+    if view.memory.doubtful_sync {
+        // S9: a lost write may still land. Only a later write that compares the revision rules it out.
+        return Some(
+            Plan::new("leader.sync_doubt", "a write of `sync` has an unknown outcome: settling it").step(
+                facts.commit(
+                    "write the claim again",
+                    Transaction::when(Key::Leader, mine.revision)
+                        .and(Key::Sync, claim.revision)
+                        .put(Write::Sync(claim.value.clone())),
+                ),
+            ),
+        );
+    }
     let published_rule = rule_of(&claim.value.members, claim.value.k, claim.value.term);
     let shown = primary.rule_text.as_str();
     // What a barrier confirmed and PostgreSQL still shows. After a restart of the agent: the published rule was confirmed

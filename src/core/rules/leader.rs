@@ -6,7 +6,10 @@ use super::{Facts, duties};
 use crate::core::election::list;
 use crate::core::names::MemberName;
 use crate::core::plan::{HandOver, Plan, Step};
-use crate::core::records::{Durability, Key, Keyed, LeaderRecord, LeaderState, Operation, Outcome, Transaction, Write};
+use crate::core::records::{
+    Durability, Key, Keyed, LeaderRecord, LeaderState, Operation, Outcome, Request, Transaction, Write,
+};
+use crate::core::timeline::Term;
 use crate::core::view::{LocalPostgres, PrimaryFacts, View};
 
 /// A standby that was heard of within this time can take over at once.
@@ -77,6 +80,8 @@ fn crashed(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, what: &str) -> Plan {
     let looping = view.memory.crashes.len() > view.policy.crash_max_restarts as usize;
     let ready = ready_standby(facts);
     match ready {
+        // A hand-over that stopped PostgreSQL and could not go on is put back where it was.
+        _ if view.memory.in_place == Some(term) => in_place(facts, mine, term, what),
         Some(to) if view.policy.crash_failover || looping || view.stopping => {
             let why = format!("{what} under term {term}; {to} takes over");
             release(Some(to), why)
@@ -93,26 +98,22 @@ fn crashed(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, what: &str) -> Plan {
                 facts.me().name
             ),
         ),
-        // A restart in place is an election like any other (protocol §3): next term, own seal, promotion.
-        _ => {
-            let mut record = mine.value.clone();
-            record.term = term.next();
-            record.state = LeaderState::Electing {
-                coordinator: facts.me().name.clone(),
-                preferred: Some(facts.me().name.clone()),
-                winner: None,
-            };
-            Plan::new(
-                "leader.restart_in_place",
-                format!("{what} under term {term} and no standby is ready: electing again from here"),
-            )
-            .step(Step::Kill)
-            .step(facts.commit(
-                "begin an election in place",
-                Transaction::when(Key::Leader, mine.revision).put(Write::Leader(record)),
-            ))
-        }
+        _ => in_place(facts, mine, term, what),
     }
+}
+
+/// A restart in place is an election like any other (protocol §3): next term, own seal, promotion.
+fn in_place(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, term: Term, what: &str) -> Plan {
+    let me = &facts.me().name;
+    let mut record = mine.value.clone();
+    record.term = term.next();
+    record.state = LeaderState::Electing { coordinator: me.clone(), preferred: Some(me.clone()), winner: None };
+    Plan::new("leader.restart_in_place", format!("{what} under term {term}: electing again from here"))
+        .step(Step::Kill)
+        .step(facts.commit(
+            "begin an election in place",
+            Transaction::when(Key::Leader, mine.revision).put(Write::Leader(record)),
+        ))
 }
 
 /// A standby that streamed when PostgreSQL was last seen, and whose agent speaks. Positions are judged by its seal.
@@ -143,6 +144,23 @@ fn asked(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) 
     let finish = |outcome: Outcome, why: String| {
         Some(Plan::new("leader.request", why).step(Step::FinishRequest { id: request.id.clone(), outcome }))
     };
+    if let Some(outcome) = &operation.outcome {
+        return finish(
+            outcome.clone(),
+            format!("the request of {} could not be carried out: {outcome:?}", request.asked_by),
+        );
+    }
+    if request.began.is_some_and(|began| began < mine.value.term) {
+        let me = &facts.me().name;
+        let message = format!("{me} leads term {} on timeline {}", mine.value.term, primary.timeline);
+        return match &request.what {
+            Operation::Switchover { to: Some(to) } | Operation::Failover { to: Some(to) } if to != me => {
+                let message = format!("{to} did not take over; {message}");
+                finish(Outcome::PutBack { message: message.clone() }, message)
+            }
+            _ => finish(Outcome::Done { message: message.clone() }, message),
+        };
+    }
     match &request.what {
         Operation::Switchover { to } | Operation::Failover { to } => {
             if to.as_ref() == Some(&facts.me().name) {
@@ -152,18 +170,14 @@ fn asked(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) 
             match best_standby(facts, primary, to.as_ref()) {
                 Ok(to) => Some(
                     Plan::new("leader.switchover", format!("asked by {}: handing over to {to}", request.asked_by))
-                        .step(Step::HandOver {
-                            order: hand_over(facts, mine, Some(&to), "switchover", Some(request.id.clone())),
-                        }),
+                        .step(Step::HandOver { order: hand_over(facts, mine, Some(&to), "switchover", Some(request)) }),
                 ),
                 Err(why) => finish(Outcome::Refused { message: why.clone() }, format!("switchover refused: {why}")),
             }
         }
         Operation::Restart { .. } => Some(
             Plan::new("leader.restart", format!("asked by {}: restarting PostgreSQL in place", request.asked_by)).step(
-                Step::HandOver {
-                    order: hand_over(facts, mine, Some(&facts.me().name), "restart", Some(request.id.clone())),
-                },
+                Step::HandOver { order: hand_over(facts, mine, Some(&facts.me().name), "restart", Some(request)) },
             ),
         ),
         Operation::Reinit { .. } => {
@@ -229,19 +243,29 @@ fn hand_over(
     mine: &Keyed<LeaderRecord>,
     to: Option<&MemberName>,
     why: &str,
-    request: Option<String>,
+    request: Option<&Request>,
 ) -> HandOver {
     let view = facts.view;
     let mut record = mine.value.clone();
     record.state = LeaderState::Released { to: to.cloned(), why: why.to_owned() };
     let target = to.filter(|to| **to != facts.me().name);
+    let mut release = Transaction::when(Key::Leader, mine.revision).put(Write::Leader(record));
+    if let Some(request) = request {
+        // The next leader finds in it that the work was begun, and for whom.
+        let mut begun = request.clone();
+        begun.began = Some(mine.value.term);
+        if let Operation::Switchover { to: asked } | Operation::Failover { to: asked } = &mut begun.what {
+            *asked = to.cloned();
+        }
+        release = release.put(Write::Request(begun));
+    }
     HandOver {
         term: mine.value.term,
         leader_revision: mine.revision,
         to: target.and_then(|to| facts.source(to)),
-        release: Transaction::when(Key::Leader, mine.revision).put(Write::Leader(record)),
+        release,
         checkpoint_timeout: view.policy.stop_timeout,
         stop_timeout: view.policy.stop_timeout,
-        request,
+        request: request.map(|r| r.id.clone()),
     }
 }
