@@ -1,13 +1,24 @@
-//! The agent's settings, validated. The file's raw form and its errors are `config/raw.rs`'s.
+//! The agent's settings, validated. `raw` is what serde reads, `check` turns it into a [`Config`], `error` says what is
+//! wrong: file, line, field, value, remedy. Nothing here reads anything but the file, the secrets' files and the
+//! environment, and nothing is written.
+
+mod check;
+mod error;
+pub mod keys;
+mod raw;
+mod secrets;
+pub mod units;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::core::names::{ClusterName, MemberName};
 use crate::core::records::Tags;
 use crate::core::view::Policy;
+
+pub use error::{ConfigError, nearest};
 
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -119,8 +130,39 @@ impl std::fmt::Debug for Secret {
     }
 }
 
+/// What a command needs to find the cluster.
+#[derive(Clone, Debug)]
+pub struct Contact {
+    /// The member on this host, if the file or the environment says which one it is.
+    pub name: Option<MemberName>,
+    pub members: Vec<MemberAddress>,
+    pub token_file: Option<PathBuf>,
+}
+
+/// Where settings come from besides the file; tests give their own.
+pub type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
+
 impl Config {
+    /// Reads, validates, resolves secrets. One error names file, line, field, value and remedy.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        Config::parse(path, &error::read_file(path)?, &process_environment)
+    }
+
+    /// As [`Config::load`], from a text: files of secrets are read, the configuration file is not.
+    pub fn parse(path: &Path, text: &str, environment: Environment<'_>) -> Result<Config, ConfigError> {
+        check::config(path, text, environment)
+    }
+
+    /// Whom to ask: for commands that talk to the cluster and may not be allowed to read its secrets.
+    pub fn contact(path: &Path) -> Result<Contact, ConfigError> {
+        check::contact(path, &error::read_file(path)?, &process_environment)
+    }
+
     pub fn me(&self) -> &MemberAddress {
         self.members.iter().find(|m| m.name == self.name).expect("validated: the member list holds this member")
     }
+}
+
+fn process_environment(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
