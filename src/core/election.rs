@@ -186,7 +186,7 @@ fn judge_async(
         }
         let behind = published.map(|lsn| seal.value.position.replayed.bytes_to(lsn)).unwrap_or(0);
         if behind > max_lag {
-            rejected.insert((*name).clone(), format!("{behind} bytes behind, failover.max_lag is {max_lag}"));
+            rejected.insert((*name).clone(), format!("{behind} bytes behind, election.max_lag is {max_lag}"));
             continue;
         }
         candidates.insert(MemberId { name: (*name).clone(), incarnation: seal.value.incarnation });

@@ -220,7 +220,7 @@ pub fn best_standby(
         } else if claim.mode != Durability::Async && claim.k > 0 && !claim.members.contains(&id) {
             no("is not in the synchronous set".to_owned());
         } else if lag > facts.view.policy.max_lag {
-            no(format!("is {lag} bytes behind, failover.max_lag is {}", facts.view.policy.max_lag));
+            no(format!("is {lag} bytes behind, election.max_lag is {}", facts.view.policy.max_lag));
         } else {
             let place = (member.value.tags.failover_priority, flushed, std::cmp::Reverse(name.clone()));
             if best.as_ref().is_none_or(|b| place > *b) {

@@ -98,10 +98,11 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
             asked_by: "cli".to_owned(),
             at_unix_ms: 1_790_000_000_000,
             timeout_ms: 60_000,
+            began: None,
             outcome,
         })
     };
-    let request_wire = |what: Value, outcome: Value| json!({"v": 1, "id": "r-1", "what": what, "asked_by": "cli", "at_unix_ms": 1_790_000_000_000u64, "timeout_ms": 60000, "outcome": outcome});
+    let request_wire = |what: Value, outcome: Value| json!({"v": 1, "id": "r-1", "what": what, "asked_by": "cli", "at_unix_ms": 1_790_000_000_000u64, "timeout_ms": 60000, "began": null, "outcome": outcome});
     let message = || "why".to_owned();
     vec![
         (
