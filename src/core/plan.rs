@@ -51,7 +51,7 @@ impl Plan {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "do")]
+#[serde(rename_all = "snake_case")]
 pub enum Step {
     /// fsync these into the state file before anything that follows.
     Remember {

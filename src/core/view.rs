@@ -240,8 +240,7 @@ pub struct Exit {
 // === What the store says ===
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "is")]
-#[allow(clippy::large_enum_variant, reason = "one per view")]
+#[serde(rename_all = "snake_case")]
 pub enum Store {
     Known {
         observed_at: Moment,

@@ -4,4 +4,6 @@
 
 mod cli;
 mod config;
+mod decide;
 mod layers;
+mod toy;

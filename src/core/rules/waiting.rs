@@ -27,12 +27,14 @@ pub fn guardian(view: &View) -> Option<Plan> {
     }
 }
 
-/// A restart asked for while PostgreSQL is down: another try after a crash loop.
+/// A restart asked for while PostgreSQL is down or given up: another try after a crash loop.
 pub fn restart(view: &View) -> Option<Plan> {
     let facts = Facts::of(view)?;
     let operation = view.memory.operation.as_ref()?;
     let request = &facts.records.requests.get(&operation.id)?.value;
-    if !matches!(request.what, Operation::Restart { .. }) || !matches!(view.local.postgres, LocalPostgres::Down) {
+    let given_up = view.memory.crashes.len() > view.policy.crash_max_restarts as usize;
+    let down = matches!(view.local.postgres, LocalPostgres::Down);
+    if !matches!(request.what, Operation::Restart { .. }) || !(down || given_up) {
         return None;
     }
     let message = "earlier crashes are forgotten; PostgreSQL is started by the next decision".to_owned();
