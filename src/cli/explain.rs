@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use super::client::Client;
 use super::{Exit, Failure, Global, say};
+use crate::client::ClientError;
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -32,7 +32,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Result<Exit, Failure> {
 
 /// Each member decides for itself: what the cluster would do is what all of them say.
 fn ask(global: &Global) -> Result<Vec<Value>, Failure> {
-    let client = Client::new(global)?;
+    let client = super::contact::client(global)?;
     let each = super::runtime()?.block_on(client.get_each("/v1/explain"));
     let mut answers: Vec<Value> = Vec::new();
     let mut silent = Vec::new();
@@ -45,7 +45,7 @@ fn ask(global: &Global) -> Result<Vec<Value>, Failure> {
         }
     }
     if answers.is_empty() {
-        return Err(super::client::unreachable(&silent));
+        return Err(ClientError::Unreachable(silent).into());
     }
     Ok(answers)
 }
@@ -77,7 +77,7 @@ fn sentences(answer: &Value) -> String {
             .filter(|(key, value)| *key != "do" && (value.is_string() || value.is_number()))
             .map(|(key, value)| format!("{key} {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned)))
             .collect();
-        lines.push_str(&format!("  does {name} {}", details.join(", ")).trim_end().to_owned());
+        lines.push_str(format!("  does {name} {}", details.join(", ")).trim_end());
         lines.push('\n');
     }
     lines

@@ -1,9 +1,9 @@
-//! The command line: one file per command. Exit codes are `exit`'s, talking to agents is `client`'s.
+//! The command line: one file per command. Exit codes are `exit`'s, talking to agents is `crate::client`'s.
 
 mod agent;
-mod client;
 mod completions;
 mod config;
+mod contact;
 mod demo;
 mod exit;
 mod explain;

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::client::Client;
 use super::{Exit, Failure, Global, say};
+use crate::client::{Answer, Client};
 use crate::config::Config;
 use crate::core::MemberName;
 
@@ -107,7 +107,7 @@ impl Reinit {
 }
 
 pub fn run(global: &Global, order: &Order<'_>) -> Result<Exit, Failure> {
-    let client = Client::new(global)?;
+    let client = super::contact::client(global)?;
     super::runtime()?.block_on(async {
         let mut body = order.body.clone();
         body["request_id"] = Value::String(request_id()?);
@@ -127,7 +127,7 @@ async fn wait(global: &Global, client: &Client, id: &str, patience: Duration) ->
     while begun.elapsed() < patience {
         // The leader changes under us: a member that does not answer now is no reason to give up.
         let look = client.get(&format!("/v1/requests/{id}?wait_ms={}", LOOK.as_millis())).await;
-        match look.and_then(super::client::Answer::success) {
+        match look.and_then(Answer::success) {
             Ok(report) => {
                 if let Some(end) = finish(global, &report) {
                     return end;
@@ -137,7 +137,7 @@ async fn wait(global: &Global, client: &Client, id: &str, patience: Duration) ->
         }
         tokio::time::sleep(PAUSE).await;
     }
-    let last = last_error.map(|e| format!(" (last answer: {})", e.message)).unwrap_or_default();
+    let last = last_error.map(|e| format!(" (last answer: {e})")).unwrap_or_default();
     Err(Failure::new(
         Exit::Unknown,
         format!("request {id} has no outcome after {}s{last}", patience.as_secs()),

@@ -7,8 +7,8 @@ use comfy_table::{Table, presets};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::client::Client;
 use super::{Exit, Failure, Global, say};
+use crate::client::Answer;
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -21,18 +21,18 @@ pub struct Arguments {
 }
 
 pub fn run(global: &Global, arguments: &Arguments) -> Result<Exit, Failure> {
-    let client = Client::new(global)?;
+    let client = super::contact::client(global)?;
     let every = Duration::try_from_secs_f64(arguments.every.clamp(0.1, 3_600.0)).unwrap_or(Duration::from_secs(1));
     super::runtime()?.block_on(async {
         loop {
-            let answer = client.get("/v1/status").await.and_then(super::client::Answer::success);
+            let answer = client.get("/v1/status").await.and_then(Answer::success);
             if !arguments.watch {
                 return show(global, &answer?);
             }
             let clear = if std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
             say(format_args!("{clear}"));
             // While watching, silence is something to watch too.
-            if let Err(failure) = answer.and_then(|body| show(global, &body)) {
+            if let Err(failure) = answer.map_err(Failure::from).and_then(|body| show(global, &body)) {
                 say(format_args!("{failure}\n"));
             }
             tokio::time::sleep(every).await;

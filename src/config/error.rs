@@ -89,7 +89,8 @@ impl Source<'_> {
     }
 
     fn line_and_column(&self, offset: usize) -> (usize, usize) {
-        let before = &self.text[..self.text.floor_char_boundary(offset.min(self.text.len()))];
+        // An offset that is no character boundary cannot come from the parser; if it does, the start is named.
+        let before = self.text.get(..offset).unwrap_or("");
         let line = before.matches('\n').count() + 1;
         let column = before.rsplit('\n').next().unwrap_or("").chars().count() + 1;
         (line, column)

@@ -1,4 +1,5 @@
-//! Asking agents over HTTP: every address in turn until one answers, each question with a deadline.
+//! Asking agents over HTTP: every address in turn until one answers, each question with a deadline. Used by the command
+//! line and by the demo; no tasks of its own, every call may be dropped.
 
 use std::time::Duration;
 
@@ -11,8 +12,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
 
-use super::{Exit, Failure, Global};
-use crate::config::{Config, Contact, Secret};
+use crate::config::{Contact, Secret};
 
 /// A member that does not take the connection within this is not worth waiting for: the next one is asked.
 const CONNECT: Duration = Duration::from_millis(1_500);
@@ -20,6 +20,23 @@ const CONNECT: Duration = Duration::from_millis(1_500);
 const ANSWER: Duration = Duration::from_secs(5);
 /// `/v1/decisions?full=true` has a few megabytes; more is not ours.
 const LARGEST_ANSWER: usize = 64 << 20;
+
+/// Errors by what the caller does about them.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody took the question.
+    #[error("no agent answered: {}", .0.join("; "))]
+    Unreachable(Vec<String>),
+    /// It was sent and may have arrived (S11).
+    #[error("the request was sent and nobody answered: {}", .0.join("; "))]
+    Unknown(Vec<String>),
+    /// An agent said no, in its own words.
+    #[error("{error}")]
+    Refused { status: StatusCode, error: String, hint: String },
+    /// The address cannot be one.
+    #[error("{url}: {why}")]
+    NoUrl { url: String, why: String },
+}
 
 pub struct Client {
     http: Http<HttpConnector, Full<Bytes>>,
@@ -42,28 +59,6 @@ struct Silent {
 }
 
 impl Client {
-    pub fn new(global: &Global) -> Result<Client, Failure> {
-        let contact = if global.url.is_empty() { Some(contact(global)?) } else { None };
-        let bases = match &contact {
-            Some(contact) => member_urls(contact),
-            None => global.url.iter().map(|url| base(url)).collect::<Result<_, _>>()?,
-        };
-        let token_file = global.token_file.clone();
-        // The configured token is used when this user may read it; who asks must not need it.
-        let configured = contact.and_then(|c| c.token_file).and_then(|file| std::fs::read_to_string(file).ok());
-        let token = match token_file {
-            Some(file) => Some(std::fs::read_to_string(&file).map_err(|error| {
-                Failure::new(
-                    Exit::Usage,
-                    format!("read {}: {error}", file.display()),
-                    "name a file that holds the token",
-                )
-            })?),
-            None => std::env::var("PGVIGIL_API_TOKEN").ok().filter(|t| !t.is_empty()).or(configured),
-        };
-        Ok(Client { token: token.map(|t| Secret::new(t.trim())), ..Client::of(bases) })
-    }
-
     pub fn of(bases: Vec<String>) -> Client {
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(CONNECT));
@@ -71,7 +66,11 @@ impl Client {
         Client { http: Http::builder(TokioExecutor::new()).build(connector), bases, token: None }
     }
 
-    pub async fn get(&self, path: &str) -> Result<Answer, Failure> {
+    pub fn with_token(self, token: Option<Secret>) -> Client {
+        Client { token, ..self }
+    }
+
+    pub async fn get(&self, path: &str) -> Result<Answer, ClientError> {
         let mut unready = None;
         let mut silent = Vec::new();
         for base in &self.bases {
@@ -82,14 +81,14 @@ impl Client {
                 Err(Silent { why, .. }) => silent.push(format!("{base}: {why}")),
             }
         }
-        unready.ok_or_else(|| unreachable(&silent))
+        unready.ok_or(ClientError::Unreachable(silent))
     }
 
     /// Every address' own answer, all asked at once, in the order of the addresses.
     pub async fn get_each(&self, path: &str) -> Vec<(String, Result<Value, String>)> {
         let questions = self.bases.iter().map(async |base| {
             let answer = match self.ask(base, Method::GET, path, None).await {
-                Ok(answer) => answer.success().map_err(|failure| failure.message),
+                Ok(answer) => answer.success().map_err(|error| error.to_string()),
                 Err(silent) => Err(silent.why),
             };
             (base.clone(), answer)
@@ -98,7 +97,7 @@ impl Client {
     }
 
     /// `body` carries a request id of ours, so asking a second member after a lost answer does nothing twice.
-    pub async fn post(&self, path: &str, body: &Value) -> Result<Answer, Failure> {
+    pub async fn post(&self, path: &str, body: &Value) -> Result<Answer, ClientError> {
         let mut refused = None;
         let mut silent = Vec::new();
         let mut sent = false;
@@ -119,12 +118,8 @@ impl Client {
         }
         match refused {
             Some(answer) if !sent => Ok(answer),
-            _ if sent => Err(Failure::new(
-                Exit::Unknown,
-                format!("the request was sent and nobody answered: {}", silent.join("; ")),
-                "run `pgvigil status`: it shows whether the operation is under way",
-            )),
-            _ => Err(unreachable(&silent)),
+            _ if sent => Err(ClientError::Unknown(silent)),
+            _ => Err(ClientError::Unreachable(silent)),
         }
     }
 
@@ -160,39 +155,22 @@ impl Client {
 }
 
 impl Answer {
-    /// The body of a success; anything else becomes a failure with the agent's own words.
-    pub fn success(self) -> Result<Value, Failure> {
+    /// The body of a success; anything else becomes an error with the agent's own words.
+    pub fn success(self) -> Result<Value, ClientError> {
         if self.status.is_success() {
             return Ok(self.body);
         }
         let text = |key: &str| self.body.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-        let message = match text("error") {
+        let error = match text("error") {
             empty if empty.is_empty() => format!("the agent answered {}", self.status),
             words => words,
         };
-        let exit = match self.status {
-            StatusCode::SERVICE_UNAVAILABLE => Exit::Unreachable,
-            status if status.is_client_error() => Exit::Refused,
-            _ => Exit::Failed,
-        };
-        Err(Failure::new(exit, message, text("hint")))
+        Err(ClientError::Refused { status: self.status, error, hint: text("hint") })
     }
-}
-
-fn contact(global: &Global) -> Result<Contact, Failure> {
-    let path = global.config_path();
-    if global.config.is_none() && !path.exists() {
-        return Err(Failure::new(
-            Exit::Usage,
-            format!("no cluster is named: {} does not exist", path.display()),
-            "name an agent with --url or PGVIGIL_URL, e.g. --url http://10.0.0.1:8008, or a configuration with --config",
-        ));
-    }
-    Ok(Config::contact(&path)?)
 }
 
 /// The member on this host comes first: without a token only it takes requests that change something.
-fn member_urls(contact: &Contact) -> Vec<String> {
+pub fn member_urls(contact: &Contact) -> Vec<String> {
     let url = |host: &str, port: u16| {
         if host.contains(':') { format!("http://[{host}]:{port}") } else { format!("http://{host}:{port}") }
     };
@@ -204,9 +182,9 @@ fn member_urls(contact: &Contact) -> Vec<String> {
     urls
 }
 
-fn base(url: &str) -> Result<String, Failure> {
-    let wrong =
-        |why: &str| Err(Failure::new(Exit::Usage, format!("--url {url}: {why}"), "write it as http://10.0.0.1:8008"));
+/// `10.0.0.1`, `10.0.0.1:8008` and `http://10.0.0.1:8008/` all mean `http://10.0.0.1:8008`.
+pub fn base(url: &str) -> Result<String, ClientError> {
+    let wrong = |why: &str| Err(ClientError::NoUrl { url: url.to_owned(), why: why.to_owned() });
     let full = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
     match full.parse::<hyper::Uri>() {
         Ok(uri) if uri.scheme_str() != Some("http") => wrong("only http:// is spoken"),
@@ -215,14 +193,6 @@ fn base(url: &str) -> Result<String, Failure> {
         Ok(_) => Ok(full.trim_end_matches('/').to_owned()),
         Err(error) => wrong(&error.to_string()),
     }
-}
-
-pub fn unreachable(silent: &[String]) -> Failure {
-    Failure::new(
-        Exit::Unreachable,
-        format!("no agent answered: {}", silent.join("; ")),
-        "is `pgvigil agent` running there, and is its port open? --url asks another address",
-    )
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
