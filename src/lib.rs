@@ -12,3 +12,4 @@ pub mod fencing;
 pub mod guardian;
 pub mod ports;
 pub mod postgres;
+pub mod telemetry;

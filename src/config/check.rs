@@ -461,6 +461,7 @@ impl Check<'_> {
             )?,
             member_publish: self.span("member.publish", member.publish, seconds(3), millis(200), seconds(60))?,
             reclone: rejoin.reclone.unwrap_or(true),
+            rejoin_timeout: self.span("rejoin.timeout", rejoin.timeout, seconds(60), seconds(5), seconds(86_400))?,
         };
         if policy.election_wait >= policy.election_give_up {
             return Err(self.error(

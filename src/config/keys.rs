@@ -54,6 +54,7 @@ pub const KEYS: &[Key] = &[
     key("crash.max_restarts", Value("3")),
     key("crash.window", Value(r#""10min""#)),
     key("rejoin.reclone", Value("true")),
+    key("rejoin.timeout", Value(r#""60s""#)),
     key("rejoin.set_aside_budget", Value(r#""20GB""#)),
     key("member.publish", Value(r#""3s""#)),
     key("postgresql.data_dir", Required),

@@ -88,6 +88,7 @@ pub(super) struct Crash {
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Rejoin {
     pub reclone: Option<bool>,
+    pub timeout: Option<Span>,
     pub set_aside_budget: Option<Size>,
 }
 

@@ -51,7 +51,7 @@ impl Plan {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "do")]
+#[serde(rename_all = "snake_case")]
 pub enum Step {
     /// fsync these into the state file before anything that follows.
     Remember {
@@ -66,6 +66,8 @@ pub enum Step {
     },
     /// A new incarnation begins (before a clone or rewind).
     NewIncarnation,
+    /// A person asked for another try after a crash loop.
+    ForgetCrashes,
 
     // --- lease and fence ---
     /// The keeper renews this record from now on; the guardian is armed with each deadline.

@@ -254,6 +254,9 @@ pub struct Request {
     pub at_unix_ms: u64,
     /// How long the operation may take before it is put back, milliseconds on the worker's clock.
     pub timeout_ms: u64,
+    /// The term under which the work began (or under which it was asked for while nobody led): a leader of a later term
+    /// finds it done.
+    pub began: Option<Term>,
     pub outcome: Option<Outcome>,
 }
 

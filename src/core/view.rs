@@ -10,7 +10,7 @@ use super::lease::Timings;
 use super::lsn::Lsn;
 use super::names::{MemberId, MemberName};
 use super::plan::{Follow, SyncRule};
-use super::records::{ClusterRecords, Durability, MemberRecord, Outcome, Position, Tags};
+use super::records::{ClusterRecords, Durability, LeaderRecord, MemberRecord, Outcome, Tags};
 use super::time::Moment;
 use super::timeline::{History, Term, TimelineId};
 
@@ -63,6 +63,8 @@ pub struct Policy {
     pub start_timeout: Duration,
     pub stop_timeout: Duration,
     pub member_publish: Duration,
+    /// A standby that follows for so long without streaming, while its leader is well, is cloned anew.
+    pub rejoin_timeout: Duration,
     /// Sets diverged data aside and clones when a rewind is not possible.
     pub reclone: bool,
 }
@@ -238,8 +240,7 @@ pub struct Exit {
 // === What the store says ===
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "is")]
-#[allow(clippy::large_enum_variant, reason = "one per view")]
+#[serde(rename_all = "snake_case")]
 pub enum Store {
     Known {
         observed_at: Moment,
@@ -271,15 +272,15 @@ pub enum LeaseView {
     Claimed { term: Term },
     /// `deadline` is D, counted from before the last successful renewal was sent.
     Held { term: Term, deadline: Moment },
-    /// A renewal found another record: the term is over.
-    Lost { term: Term },
+    /// A renewal found another record. `deadline` is what was left of the last renewal that succeeded.
+    Lost { term: Term, deadline: Option<Moment> },
 }
 
 impl LeaseView {
     pub fn term(&self) -> Option<Term> {
         match self {
             LeaseView::None => None,
-            LeaseView::Claimed { term } | LeaseView::Held { term, .. } | LeaseView::Lost { term } => Some(*term),
+            LeaseView::Claimed { term } | LeaseView::Held { term, .. } | LeaseView::Lost { term, .. } => Some(*term),
         }
     }
 
@@ -296,6 +297,8 @@ impl LeaseView {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Memory {
     pub durable: Durable,
+    /// The term that the per-term parts below belong to.
+    pub term: Term,
     pub silence: Option<Silence>,
     pub releases: Option<SeenRelease>,
     /// Since when each member of the published set has not streamed, as this leader saw it.
@@ -306,6 +309,10 @@ pub struct Memory {
     pub enforced: Option<SyncRule>,
     /// A write of `sync` whose outcome is unknown: enough for both claims is enforced until a later write succeeds.
     pub doubtful_sync: bool,
+    /// Revision of the leader record that the lease keeper renews against.
+    pub kept_revision: Option<i64>,
+    /// A promotion of this term was tried and failed.
+    pub promotion_failed: Option<Term>,
     /// Our own election of this term, and when it began.
     pub election: Option<ElectionMemory>,
     /// When this member became a promoted winner, per term.
@@ -317,12 +324,19 @@ pub struct Memory {
     pub retry_after: Option<Moment>,
     /// Operations being worked on here.
     pub operation: Option<OperationMemory>,
-    /// Phases of the present change of leader, for the history record.
+    /// A hand-over under this term stopped PostgreSQL and was put back: it is started again here.
+    pub in_place: Option<Term>,
+    /// Start number of the last end of PostgreSQL that was taken in.
+    pub last_exit: u64,
+    /// Phases of the present change of leader in milliseconds since its first, for the history record.
     pub phases: BTreeMap<String, u64>,
+    pub phase_zero: Option<Moment>,
+    /// Our own `held` record while we lead: what to write again when somebody destroys it.
+    pub held: Option<LeaderRecord>,
     /// When our own member record was last written, and what it said.
     pub published: Option<(Moment, MemberRecord)>,
-    /// This member is going to be stopped by request until it is started again; set by an orderly stop.
-    pub handed_over: bool,
+    /// Since when this standby has followed without streaming.
+    pub not_streaming: Option<Moment>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -394,6 +408,7 @@ pub enum JobKind {
         to: Option<MemberName>,
     },
     Restart,
+    Stop,
     Seal {
         term: Term,
     },
@@ -404,6 +419,3 @@ pub enum JobKind {
         to: SyncRule,
     },
 }
-
-/// The last position of this member that a seal fixed, if its process still remembers it.
-pub type Sealed = Option<(Term, Position)>;

@@ -1,1 +1,104 @@
+//! One situation per file; `decide.rs` holds their order. A rule answers `None` when it has nothing to say.
 
+pub mod bootstrap;
+pub mod duties;
+pub mod electing;
+pub mod follow;
+pub mod identity;
+pub mod leader;
+pub mod reattach;
+pub mod sealing;
+pub mod stopping;
+pub mod superseded;
+pub mod takeover;
+pub mod unknown;
+pub mod waiting;
+
+use std::time::Duration;
+
+use super::names::{MemberId, MemberName};
+use super::plan::{Follow, Source, Step, walreceiver_name};
+use super::records::{ClusterRecords, Keyed, LeaderRecord, Transaction};
+use super::time::Moment;
+use super::timeline::Term;
+use super::view::{LocalPostgres, View};
+
+/// A member whose record has not changed for this many publication periods counts as not there.
+const ABSENT_AFTER_PERIODS: u32 = 4;
+
+/// The store's part of a view that can be decided on.
+pub struct Facts<'a> {
+    pub view: &'a View,
+    pub records: &'a ClusterRecords,
+    pub leader: Option<&'a Keyed<LeaderRecord>>,
+}
+
+impl<'a> Facts<'a> {
+    pub fn of(view: &'a View) -> Option<Facts<'a>> {
+        let records = view.store.records()?;
+        Some(Facts { view, records, leader: records.leader.present() })
+    }
+
+    pub fn now(&self) -> Moment {
+        self.view.now
+    }
+
+    pub fn me(&self) -> &'a MemberId {
+        &self.view.me.id
+    }
+
+    /// The leader record when this member, in this incarnation, holds it.
+    pub fn mine(&self) -> Option<&'a Keyed<LeaderRecord>> {
+        self.leader.filter(|l| l.value.holder == self.view.me.id)
+    }
+
+    /// Address of a member, from its own record.
+    pub fn source(&self, member: &MemberName) -> Option<Source> {
+        let record = &self.records.members.get(member)?.value;
+        Some(Source { member: member.clone(), host: record.host.clone(), port: record.port })
+    }
+
+    /// How this member follows `upstream` under `term`.
+    pub fn follow(&self, upstream: &MemberName, term: Term) -> Option<Follow> {
+        Some(Follow {
+            upstream: self.source(upstream)?,
+            slot: self.me().name.slot(),
+            walreceiver: walreceiver_name(self.me(), term),
+            term,
+        })
+    }
+
+    /// Has the member published lately, by our own clock?
+    pub fn is_there(&self, member: &MemberName) -> bool {
+        if *member == self.me().name {
+            return true;
+        }
+        let patience = self.view.policy.member_publish * ABSENT_AFTER_PERIODS;
+        self.view.memory.beats.get(member).is_some_and(|(_, seen)| self.now().since(*seen) < patience)
+    }
+
+    /// The step that starts PostgreSQL following nobody, when it is down and may be started.
+    pub fn start_parked(&self) -> Option<Step> {
+        matches!(self.view.local.postgres, LocalPostgres::Down).then_some(Step::Start { follow: None })
+    }
+
+    pub fn commit(&self, what: impl Into<String>, transaction: Transaction) -> Step {
+        Step::Commit { what: what.into(), transaction }
+    }
+}
+
+/// A wait that differs between members and elections but not between runs: two who failed together do not try together.
+pub fn scattered(id: &MemberId, term: Term, most: Duration) -> Duration {
+    // FNV-1a over name and term.
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+    for byte in id.to_string().bytes().chain(term.0.to_le_bytes()) {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+    let most_ms = u64::try_from(most.as_millis()).unwrap_or(u64::MAX).max(1);
+    Duration::from_millis(hash % most_ms)
+}
+
+/// Seconds with one decimal, for sentences.
+pub fn seconds(span: Duration) -> String {
+    format!("{:.1} s", span.as_secs_f64())
+}

@@ -1,0 +1,198 @@
+//! One arm per step, no decisions. The first failing step ends the plan; the next round sees the new facts.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tracing::{error, info};
+
+use super::lease_keeper::LeaseKeeper;
+use super::state_file::{StateError, StateFile};
+use crate::core::Moment;
+use crate::core::plan::Step;
+use crate::core::records::{ClusterRecords, Key, MemberRecord, Outcome, Transaction, Write};
+use crate::core::timeline::Term;
+use crate::ports::{Clock, Dcs, DcsError, Fence, FenceError, Postgres, PostgresError, StartMode};
+
+/// Deadlines of short steps. Each is far below the time after which the keeper takes the loop for dead.
+pub const STORE_DEADLINE: Duration = Duration::from_millis(1500);
+pub const SQL_DEADLINE: Duration = Duration::from_millis(1500);
+pub const KILL_DEADLINE: Duration = Duration::from_millis(1000);
+/// Finished requests that are kept for people to read.
+const REQUESTS_KEPT: usize = 20;
+
+/// The outside world, shared by the loop and its jobs.
+#[derive(Clone)]
+pub struct World {
+    pub dcs: Arc<dyn Dcs>,
+    pub postgres: Arc<dyn Postgres>,
+    pub fence: Arc<dyn Fence>,
+    pub clock: Arc<dyn Clock>,
+    pub keeper: Arc<LeaseKeeper>,
+    pub state: Arc<Mutex<StateFile>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    #[error(transparent)]
+    Store(#[from] DcsError),
+    #[error(transparent)]
+    Postgres(#[from] PostgresError),
+    #[error(transparent)]
+    Fence(#[from] FenceError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("{0}")]
+    Other(String),
+}
+
+/// What a step leaves for the memory of the loop.
+#[derive(Clone, Debug)]
+pub enum Effect {
+    Kept {
+        term: Term,
+        leader_revision: i64,
+    },
+    Dropped,
+    Published {
+        at: Moment,
+        record: Box<MemberRecord>,
+    },
+    SyncWritten,
+    SyncDoubtful,
+    CrashesForgotten,
+    /// PostgreSQL was killed: whatever a job does with it is over.
+    Killed,
+    Exit,
+}
+
+impl World {
+    pub fn state(&self) -> std::sync::MutexGuard<'_, StateFile> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Executes a step that is not a job. `records` are those that the plan was made from.
+    pub async fn execute(&self, step: &Step, records: Option<&ClusterRecords>) -> Result<Vec<Effect>, StepError> {
+        match step {
+            Step::Remember { highest_term, highest_sync_term, store_id, store_revision } => {
+                self.state().remember(*highest_term, *highest_sync_term, *store_id, *store_revision)?;
+            }
+            Step::Join { system_identifier } => self.state().join(*system_identifier)?,
+            Step::NewIncarnation => self.state().begin_incarnation()?,
+            Step::ForgetCrashes => return Ok(vec![Effect::CrashesForgotten]),
+            Step::KeepLease { term, leader_revision } => {
+                self.keeper.keep(*term, *leader_revision);
+                return Ok(vec![Effect::Kept { term: *term, leader_revision: *leader_revision }]);
+            }
+            Step::DropLease => {
+                self.keeper.drop_lease();
+                return Ok(vec![Effect::Dropped]);
+            }
+            Step::Kill => {
+                let killed = self.fence.kill(KILL_DEADLINE).await?;
+                if !killed.was_down {
+                    info!(survivors = killed.survivors, "postgresql killed");
+                }
+                return Ok(vec![Effect::Killed]);
+            }
+            Step::Disarm => self.fence.disarm().await?,
+            Step::Commit { what, transaction } => return self.commit(what, transaction).await,
+            Step::Start { follow } => {
+                let mode = match follow {
+                    None => StartMode::Parked,
+                    Some(follow) => StartMode::Follow(follow.clone()),
+                };
+                let launch = self.postgres.prepare_start(&mode).await?;
+                // What was armed for a dead PostgreSQL must not kill the one that follows nobody.
+                self.fence.disarm().await?;
+                self.fence.start(&launch).await?;
+            }
+            Step::Follow { follow } => self.postgres.follow(Some(follow), SQL_DEADLINE).await?,
+            Step::EndWalsenders { names } => self.postgres.end_walsenders(names, SQL_DEADLINE).await?,
+            Step::KeepSlots { members } => self.postgres.keep_slots(members, SQL_DEADLINE).await?,
+            Step::Reload => self.postgres.reload().await?,
+            Step::SetAside { why } => {
+                let place = self.postgres.set_aside(why).await?;
+                info!(why, place = %place.display(), "data directory set aside");
+            }
+            Step::FinishRequest { id, outcome } => return self.finish_request(id, outcome, records).await,
+            Step::Exit => return Ok(vec![Effect::Exit]),
+            Step::Seal { .. }
+            | Step::Promote { .. }
+            | Step::Enforce { .. }
+            | Step::Bootstrap
+            | Step::Clone { .. }
+            | Step::Rewind { .. }
+            | Step::HandOver { .. }
+            | Step::RestartInPlace { .. }
+            | Step::Stop { .. } => {
+                return Err(StepError::Other(format!("{step:?} is a job and cannot be done within a round")));
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    pub async fn commit(&self, what: &str, transaction: &Transaction) -> Result<Vec<Effect>, StepError> {
+        let mut transaction = transaction.clone();
+        for write in &mut transaction.write {
+            // Stamped here because decisions know no wall clock.
+            if let Write::History(record) = write {
+                record.at_unix_ms = self.clock.unix_ms();
+            }
+        }
+        let at = self.clock.now();
+        let writes_sync = transaction.write.iter().any(|w| matches!(w, Write::Sync(_)));
+        match self.dcs.commit(&transaction, STORE_DEADLINE).await {
+            Ok(_) => {
+                let mut effects = Vec::new();
+                if writes_sync {
+                    effects.push(Effect::SyncWritten);
+                }
+                for write in transaction.write {
+                    if let Write::Member(_, record) = write {
+                        effects.push(Effect::Published { at, record });
+                    }
+                }
+                Ok(effects)
+            }
+            Err(DcsError::Timeout { within, .. }) if writes_sync => {
+                error!(what, ?within, "a write of `sync` has an unknown outcome");
+                Ok(vec![Effect::SyncDoubtful])
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn finish_request(
+        &self,
+        id: &str,
+        outcome: &Outcome,
+        records: Option<&ClusterRecords>,
+    ) -> Result<Vec<Effect>, StepError> {
+        let Some(request) = records.and_then(|r| r.requests.get(id)) else {
+            return Err(StepError::Other(format!("request {id} is not in the store any more")));
+        };
+        let mut finished = request.value.clone();
+        finished.outcome = Some(outcome.clone());
+        let mut transaction =
+            Transaction::when(Key::Request(id.to_owned()), request.revision).put(Write::Request(finished));
+        for old in finished_requests(records) {
+            transaction = transaction.put(Write::Delete(Key::Request(old)));
+        }
+        info!(request = id, ?outcome, "request finished");
+        self.commit("finish a request", &transaction).await
+    }
+}
+
+/// The oldest finished requests beyond those that are kept.
+fn finished_requests(records: Option<&ClusterRecords>) -> Vec<String> {
+    let Some(records) = records else { return Vec::new() };
+    let mut finished: Vec<(u64, &String)> = records
+        .requests
+        .iter()
+        .filter(|(_, r)| r.value.outcome.is_some())
+        .map(|(id, r)| (r.value.at_unix_ms, id))
+        .collect();
+    finished.sort();
+    let excess = finished.len().saturating_sub(REQUESTS_KEPT);
+    finished.into_iter().take(excess).map(|(_, id)| id.clone()).collect()
+}

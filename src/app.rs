@@ -1,0 +1,194 @@
+//! The only file that knows every part: builds them, connects them, starts them, and brings them down in order.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::agent::execute::World;
+use crate::agent::lease_keeper::LeaseKeeper;
+use crate::agent::run::{Agent, Asked, End, Wanted};
+use crate::agent::state_file::StateFile;
+use crate::agent::status::Status;
+use crate::api::{self, Api};
+use crate::config::Config;
+use crate::core::view::Me;
+use crate::dcs::EtcdDcs;
+use crate::fencing::{GuardianFence, GuardianOptions, SystemClock};
+use crate::ports::{Clock, Dcs, Fence, Postgres};
+use crate::postgres::LocalServer;
+
+/// How long the API may take to finish its answers at the end.
+const API_DRAIN: Duration = Duration::from_secs(2);
+
+/// Runs the agent until it is told to end. Everything that can be refused is refused before anything is touched.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    crate::telemetry::init(&config.log)?;
+    // One provider for the whole process (docs/decisions/0003); an error means that it is installed already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("agent")
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(run_agent(config))
+}
+
+async fn run_agent(config: Config) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(config.api.listen).await.with_context(|| {
+        format!("listen on {} (api.listen): is another agent running, or another program using the port?", config.api.listen)
+    })?;
+    let state = StateFile::open(&config.state_dir, &config.cluster, &config.name)?;
+    let me = me(&config, &state)?;
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let postgres: Arc<dyn Postgres> = Arc::new(LocalServer::new(&config)?);
+    let dcs: Arc<dyn Dcs> = Arc::new(EtcdDcs::connect(&config.etcd, &config.cluster)?);
+    let options = GuardianOptions::new(&config.guardian, &config.cluster, &config.name, config.policy.timings.ttl);
+    let fence = Arc::new(GuardianFence::new(options));
+    fence.attach().await.context("attach to the guardian")?;
+    let keeper = LeaseKeeper::start(dcs.clone(), clock.clone(), config.policy.timings).context("start the lease keeper")?;
+    keeper.use_page(fence.page());
+    info!(
+        member = %config.name,
+        cluster = %config.cluster,
+        incarnation = %me.id.incarnation,
+        start = me.start_counter,
+        api = %config.api.listen,
+        "agent started"
+    );
+
+    let world = World { dcs, postgres, fence, clock: clock.clone(), keeper: Arc::new(keeper), state: Arc::new(Mutex::new(state)) };
+    let (status_tx, status) = watch::channel(None);
+    let (asked_tx, asked) = mpsc::channel(16);
+    let (wanted_tx, wanted) = watch::channel(Wanted::Run);
+    let shutdown = CancellationToken::new();
+
+    let api = start_api(&config, listener, status.clone(), asked_tx, clock.clone(), shutdown.clone())?;
+    let signals = tokio::spawn(signals(wanted_tx));
+    let supervision = tokio::spawn(tell_systemd(status));
+    let end = Agent::new(world, me, config.policy.clone(), asked, wanted, status_tx).run().await;
+
+    shutdown.cancel();
+    signals.abort();
+    supervision.abort();
+    let stopped = tokio::task::spawn_blocking(move || api.join());
+    if tokio::time::timeout(API_DRAIN, stopped).await.is_err() {
+        warn!("the API did not end in time");
+    }
+    if end == End::Stopped {
+        // PostgreSQL is down: nothing is left to guard.
+        if let Err(error) = fence.dismiss().await {
+            warn!(%error, "dismiss the guardian");
+        }
+    }
+    info!(?end, "agent ended");
+    Ok(())
+}
+
+fn me(config: &Config, state: &StateFile) -> anyhow::Result<Me> {
+    let address = config.me();
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("read the kernel's boot id")?;
+    Ok(Me {
+        id: state.id(),
+        boot_id: boot_id.trim().to_owned(),
+        start_counter: state.start_counter(),
+        tags: config.tags.clone(),
+        system_identifier: state.system_identifier(),
+        configured: config.members.iter().map(|m| m.name.clone()).collect(),
+        host: address.host.clone(),
+        port: address.port,
+        api_url: format!("http://{}:{}", bracketed(&address.host), address.api_port),
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+    })
+}
+
+/// An IPv6 address as a URL wants it.
+fn bracketed(host: &str) -> String {
+    if host.contains(':') { format!("[{host}]") } else { host.to_owned() }
+}
+
+/// The API lives on a thread and runtime of its own: a flood of requests delays no decision, a busy loop no answer.
+fn start_api(
+    config: &Config,
+    listener: TcpListener,
+    status: watch::Receiver<Option<Arc<Status>>>,
+    asked: mpsc::Sender<Asked>,
+    clock: Arc<dyn Clock>,
+    shutdown: CancellationToken,
+) -> anyhow::Result<std::thread::JoinHandle<()>> {
+    let (requests_tx, mut requests) = mpsc::channel::<api::ApiRequest>(16);
+    let api = Api { config: config.api.clone(), cluster: config.cluster.clone(), status, requests: requests_tx, clock };
+    // Between the API's words and the loop's.
+    tokio::spawn(async move {
+        while let Some(request) = requests.recv().await {
+            let (answer_tx, answer) = tokio::sync::oneshot::channel();
+            let passed = Asked {
+                id: request.id,
+                what: request.what,
+                asked_by: request.asked_by,
+                timeout: request.timeout,
+                answer: answer_tx,
+            };
+            if asked.send(passed).await.is_err() {
+                return;
+            }
+            tokio::spawn(async move {
+                let said = answer.await.unwrap_or_else(|_| Err("the agent is ending".to_owned()));
+                request.answer.give(said);
+            });
+        }
+    });
+    let listener = listener.into_std().context("hand the listener to the API")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the API's runtime")?;
+    std::thread::Builder::new()
+        .name("api".to_owned())
+        .spawn(move || {
+            runtime.block_on(async {
+                match TcpListener::from_std(listener) {
+                    Ok(listener) => api::serve(api, listener, shutdown).await,
+                    Err(error) => tracing::error!(%error, "the API cannot listen"),
+                }
+            });
+        })
+        .context("start the API's thread")
+}
+
+/// SIGTERM and SIGINT stop orderly; SIGUSR1 ends the agent and leaves PostgreSQL under the guardian.
+async fn signals(wanted: watch::Sender<Wanted>) {
+    let streams = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::user_defined1()));
+    let (Ok(mut terminate), Ok(mut interrupt), Ok(mut user1)) = streams else {
+        warn!("signals cannot be listened for: stop the agent through its API only");
+        return;
+    };
+    loop {
+        let want = tokio::select! {
+            _ = terminate.recv() => Wanted::Stop,
+            _ = interrupt.recv() => Wanted::Stop,
+            _ = user1.recv() => Wanted::Detach,
+        };
+        info!(?want, "signal received");
+        wanted.send_replace(want);
+    }
+}
+
+/// Ready once the loop came round; after that a sign of life for every round, from the loop's own word.
+async fn tell_systemd(mut status: watch::Receiver<Option<Arc<Status>>>) {
+    let mut said_ready = false;
+    while status.changed().await.is_ok() {
+        let line = status.borrow_and_update().as_ref().map(|s| format!("{}: {}", s.plan.rule, s.plan.reason));
+        let Some(line) = line else { continue };
+        let mut words = vec![sd_notify::NotifyState::Status(&line), sd_notify::NotifyState::Watchdog];
+        if !said_ready {
+            words.push(sd_notify::NotifyState::Ready);
+            said_ready = true;
+        }
+        // Without systemd there is nobody to tell, which is no error.
+        let _ = sd_notify::notify(&words);
+    }
+}

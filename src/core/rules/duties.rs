@@ -1,0 +1,236 @@
+//! What a leader with a healthy primary looks after: the synchronous set, membership, slots, doubled names.
+
+use std::collections::BTreeSet;
+
+use super::Facts;
+use super::electing::streams;
+use crate::core::election::list;
+use crate::core::names::{MemberId, MemberName};
+use crate::core::plan::{Plan, Step, parse_walreceiver_name};
+use crate::core::records::{Durability, Key, Keyed, LeaderRecord, Membership, SyncClaim, Transaction, Write};
+use crate::core::sync_set::{Transition, Wanted, next, rule_of};
+use crate::core::view::PrimaryFacts;
+
+/// A standby that is this far behind has not caught up, and would stall commits if it were waited for.
+const CAUGHT_UP_BYTES: u64 = 1 << 20;
+
+pub fn plan(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -> Plan {
+    doubled(primary)
+        .or_else(|| membership(facts, mine))
+        .or_else(|| sync(facts, mine, primary))
+        .or_else(|| slots(facts, primary))
+        .unwrap_or_else(|| leading(facts, mine, primary))
+}
+
+/// A second row of the same name would vote twice (protocol §4).
+fn doubled(primary: &PrimaryFacts) -> Option<Plan> {
+    let mut seen = BTreeSet::new();
+    let doubled: Vec<String> = primary
+        .replicas
+        .iter()
+        .filter(|r| parse_walreceiver_name(&r.application_name).is_some())
+        .filter(|r| !seen.insert(r.application_name.clone()))
+        .map(|r| r.application_name.clone())
+        .collect();
+    if doubled.is_empty() {
+        return None;
+    }
+    Some(
+        Plan::new("leader.doubled", format!("two walsenders are called {}: ending them", doubled.join(", ")))
+            .step(Step::EndWalsenders { names: doubled }),
+    )
+}
+
+/// Newcomers may be sealed, stand or promise only after a leader wrote them down.
+fn membership(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>) -> Option<Plan> {
+    let present = facts.records.membership.value();
+    let mut members = present.map(|m| m.members.clone()).unwrap_or_default();
+    let before = members.clone();
+    members.insert(facts.me().name.clone());
+    // Whoever is configured here and has registered; a name that nobody configured stays outside.
+    members.extend(facts.view.me.configured.iter().filter(|name| facts.records.members.contains_key(name)).cloned());
+    if members == before {
+        return None;
+    }
+    let added: Vec<&MemberName> = members.difference(&before).collect();
+    let reason = format!("{} joined the membership", list(added));
+    Some(
+        Plan::new("leader.membership", reason).step(
+            facts.commit(
+                "write the membership",
+                Transaction::when(Key::Leader, mine.revision)
+                    .and(Key::Membership, facts.records.membership.revision())
+                    .put(Write::Membership(Membership { term: mine.value.term, members })),
+            ),
+        ),
+    )
+}
+
+/// Which standbys commits should wait for, and how many of them.
+pub fn wanted(facts: &Facts<'_>, claim: &SyncClaim, primary: &PrimaryFacts) -> Wanted {
+    let view = facts.view;
+    let term = view.memory.term;
+    if view.policy.durability == Durability::Async {
+        return Wanted { mode: Durability::Async, members: BTreeSet::new(), k: 0 };
+    }
+    let stalled_for_long = |name: &MemberName| {
+        view.memory.stalled.get(name).is_some_and(|since| view.now.since(*since) >= view.policy.max_stall)
+    };
+    let allowed = facts.records.membership.value().map(|m| &m.members);
+    let mut members: BTreeSet<MemberId> = BTreeSet::new();
+    for (name, record) in &facts.records.members {
+        if *name == facts.me().name || record.value.tags.nosync || allowed.is_none_or(|a| !a.contains(name)) {
+            continue;
+        }
+        let id = MemberId { name: name.clone(), incarnation: record.value.incarnation };
+        if claim.members.contains(&id) {
+            if !stalled_for_long(name) {
+                members.insert(id);
+            }
+        } else if streams(primary, &id, term) && caught_up(primary, &id) {
+            members.insert(id);
+        }
+    }
+    let enough = (members.len() as u32).min(view.policy.k);
+    let mode = view.policy.durability;
+    if mode == Durability::Strict && enough < view.policy.k.min(claim.k.max(1)) && claim.k > 0 {
+        // Strict waits: the claim stays as it is until enough are back.
+        let mut kept = claim.members.clone();
+        kept.extend(members);
+        return Wanted { mode, members: kept, k: claim.k };
+    }
+    if enough == 0 {
+        members.clear();
+    }
+    Wanted { mode, members, k: enough }
+}
+
+fn caught_up(primary: &PrimaryFacts, id: &MemberId) -> bool {
+    primary.replicas.iter().any(|r| {
+        parse_walreceiver_name(&r.application_name).is_some_and(|(found, _)| found == *id)
+            && r.flushed.is_some_and(|f| f.bytes_to(primary.flushed) <= CAUGHT_UP_BYTES)
+    })
+}
+
+fn sync(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -> Option<Plan> {
+    let view = facts.view;
+    let term = mine.value.term;
+    let Some(claim) = facts.records.sync.present() else {
+        // Deleted by hand or overwritten: what PostgreSQL enforces is unknown to the others; the sitting leader says it
+        // again, as weak as can be, so that it is true whatever is in force.
+        let claim = SyncClaim {
+            mode: view.policy.durability,
+            primary: facts.me().clone(),
+            members: BTreeSet::new(),
+            k: 0,
+            term,
+        };
+        return Some(
+            Plan::new("leader.sync_lost", "the key `sync` is gone or unreadable: writing it again").step(
+                facts.commit(
+                    "write the claim again",
+                    Transaction::when(Key::Leader, mine.revision)
+                        .and(Key::Sync, facts.records.sync.revision())
+                        .put(Write::Sync(claim)),
+                ),
+            ),
+        );
+    };
+    if view.memory.doubtful_sync {
+        // S9: a lost write may still land. Only a later write that compares the revision rules it out.
+        return Some(
+            Plan::new("leader.sync_doubt", "a write of `sync` has an unknown outcome: settling it").step(
+                facts.commit(
+                    "write the claim again",
+                    Transaction::when(Key::Leader, mine.revision)
+                        .and(Key::Sync, claim.revision)
+                        .put(Write::Sync(claim.value.clone())),
+                ),
+            ),
+        );
+    }
+    let published_rule = rule_of(&claim.value.members, claim.value.k, claim.value.term);
+    let shown = primary.rule_text.as_str();
+    // What a barrier confirmed and PostgreSQL still shows. After a restart of the agent: the published rule was confirmed
+    // before it was published, or is weaker than what was in force; if PostgreSQL shows exactly it, it stands.
+    let in_force = match &view.memory.enforced {
+        Some(rule) if rule.to_string() == shown => Some(rule.clone()),
+        _ if published_rule.to_string() == shown => Some(published_rule.clone()),
+        _ => None,
+    };
+    let Some(in_force) = in_force else {
+        let to = rule_of(&claim.value.members, claim.value.k, term);
+        return Some(
+            Plan::new(
+                "leader.sync_unknown",
+                format!("PostgreSQL shows synchronous_standby_names = `{shown}`, which this leader did not confirm: enforcing `{to}`"),
+            )
+            .step(Step::Enforce { from: None, to }),
+        );
+    };
+    let wanted = wanted(facts, &claim.value, primary);
+    match next(&claim.value, &in_force, &wanted, facts.me(), term) {
+        Transition::Settled => None,
+        Transition::Publish(claim_next) => {
+            let reason = format!("{}: publishing it first", describe(&claim_next));
+            Some(
+                Plan::new("leader.sync_publish", reason).step(
+                    facts.commit(
+                        "publish the claim",
+                        Transaction::when(Key::Leader, mine.revision)
+                            .and(Key::Sync, claim.revision)
+                            .put(Write::Sync(claim_next)),
+                    ),
+                ),
+            )
+        }
+        Transition::Enforce(rule) => {
+            let reason = format!("putting `{rule}` into force");
+            Some(Plan::new("leader.sync_enforce", reason).step(Step::Enforce { from: Some(in_force), to: rule }))
+        }
+    }
+}
+
+/// What an acknowledged commit is worth, in words.
+pub fn describe(claim: &SyncClaim) -> String {
+    let members = list(claim.members.iter().map(|m| &m.name));
+    match (claim.mode, claim.k) {
+        (Durability::Async, _) => {
+            "commits are acknowledged from the primary's disk alone (durability async)".to_owned()
+        }
+        (_, 0) => "no standby is there: commits are acknowledged from the primary's disk alone".to_owned(),
+        (_, k) => format!("every acknowledged commit is on {k} of {members} too"),
+    }
+}
+
+/// A slot for every member on every member, so that nobody's WAL is recycled before it has it.
+fn slots(facts: &Facts<'_>, primary: &PrimaryFacts) -> Option<Plan> {
+    let members = slot_members(facts);
+    let present: BTreeSet<&String> = primary.slots.keys().collect();
+    let wanted: BTreeSet<String> = members.iter().map(|(name, _)| name.slot()).collect();
+    if wanted.iter().all(|slot| present.contains(slot))
+        && present.iter().all(|slot| !slot.starts_with("pgvigil_") || wanted.contains(*slot))
+    {
+        return None;
+    }
+    Some(
+        Plan::new("leader.slots", "making the replication slots match the membership")
+            .step(Step::KeepSlots { members }),
+    )
+}
+
+/// The members whose slots this one keeps, with what each is known to have.
+pub fn slot_members(facts: &Facts<'_>) -> Vec<(MemberName, Option<crate::core::Lsn>)> {
+    let Some(membership) = facts.records.membership.value() else { return Vec::new() };
+    membership
+        .members
+        .iter()
+        .filter(|name| **name != facts.me().name)
+        .map(|name| (name.clone(), facts.records.members.get(name).and_then(|m| m.value.replayed)))
+        .collect()
+}
+
+fn leading(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -> Plan {
+    let durability = facts.records.sync.value().map(describe).unwrap_or_default();
+    Plan::new("leader", format!("leads term {} on timeline {}; {durability}", mine.value.term, primary.timeline))
+}

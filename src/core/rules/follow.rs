@@ -1,0 +1,267 @@
+//! Another member leads, or was chosen: follow it, after judging our own history against its (protocol §8, rejoin).
+
+use super::{Facts, bootstrap, duties, seconds};
+use crate::core::Lsn;
+use crate::core::memory::retry_delay;
+use crate::core::names::MemberName;
+use crate::core::plan::{Plan, Step};
+use crate::core::records::{LeaderRecord, LeaderState, Operation, Outcome};
+use crate::core::timeline::{History, TimelineId};
+use crate::core::view::{DataDirectory, LocalPostgres, Receiver, StandbyFacts, View};
+
+/// So many attempts at rejoining, then a person is asked.
+const REJOIN_ATTEMPTS: u32 = 3;
+
+pub fn rule(view: &View) -> Option<Plan> {
+    let facts = Facts::of(view)?;
+    facts.records.init.value()?;
+    if !matches!(view.local.data, DataDirectory::Present { .. }) {
+        return None;
+    }
+    let Some(leader) = facts.leader else {
+        return Some(Plan::new("follow.no_leader", "no leader has ever been there").steps(facts.start_parked()));
+    };
+    let Some((upstream, timeline, switch)) = upstream(&leader.value) else {
+        return Some(
+            Plan::new("follow.wait", format!("waiting for a leader of term {}", leader.value.term))
+                .steps(facts.start_parked()),
+        );
+    };
+    if upstream == facts.me().name {
+        return Some(Plan::new("follow.wait", "this member's own term; waiting for it to be settled"));
+    }
+    if let Some(plan) = asked(&facts, &leader.value) {
+        return Some(plan);
+    }
+    let failures = view.memory.crashes.len();
+    Some(match &view.local.postgres {
+        LocalPostgres::Down => start(&facts, failures),
+        LocalPostgres::Starting { why } => Plan::new("follow.starting", format!("PostgreSQL is starting ({why})")),
+        LocalPostgres::Standby(standby) => follow(&facts, &leader.value, standby, upstream, timeline, switch),
+        LocalPostgres::Primary(_) | LocalPostgres::Unknown { .. } => {
+            Plan::new("follow.wait", "PostgreSQL here is not a standby")
+        }
+    })
+}
+
+/// Whom to follow, its timeline, and where it left the one before; a winner is followed before it has published.
+fn upstream(record: &LeaderRecord) -> Option<(MemberName, TimelineId, Option<(TimelineId, Lsn)>)> {
+    match &record.state {
+        LeaderState::Held => {
+            let last = record.last.as_ref()?;
+            Some((record.holder.name.clone(), last.timeline, last.parent.zip(last.switch)))
+        }
+        LeaderState::Electing { winner: Some(winner), .. } => {
+            Some((winner.member.name.clone(), winner.timeline, Some((winner.parent, winner.switch))))
+        }
+        LeaderState::Electing { winner: None, .. } | LeaderState::Released { .. } | LeaderState::Fenced { .. } => None,
+    }
+}
+
+fn start(facts: &Facts<'_>, failures: usize) -> Plan {
+    let view = facts.view;
+    let limit = view.policy.crash_max_restarts as usize;
+    if failures > limit {
+        return Plan::new(
+            "follow.crash_loop",
+            format!(
+                "PostgreSQL ended {failures} times within {:?} (crash.max_restarts = {limit}): not started again until that \
+                 time is over or `pgvigil restart {}` is called; see PostgreSQL's log",
+                view.policy.crash_window,
+                facts.me().name
+            ),
+        );
+    }
+    if let Some((_, last)) = view.memory.crashes.last() {
+        let at = last.plus(retry_delay(failures as u32));
+        if failures > 1 && !view.now.any_reached(at) {
+            return Plan::new(
+                "follow.restart_wait",
+                format!("PostgreSQL ended {failures} times; starting it again soon"),
+            )
+            .wake_at(at);
+        }
+    }
+    // Always parked first: a position before recovery is not a position, and only the end of our own WAL tells whether it
+    // lies on the leader's history.
+    Plan::new("follow.start", "starting PostgreSQL parked to learn where its WAL ends").steps(facts.start_parked())
+}
+
+fn follow(
+    facts: &Facts<'_>,
+    record: &LeaderRecord,
+    standby: &StandbyFacts,
+    upstream: MemberName,
+    timeline: TimelineId,
+    switch: Option<(TimelineId, Lsn)>,
+) -> Plan {
+    let view = facts.view;
+    if record.term < view.memory.durable.sealed_term {
+        return Plan::new(
+            "follow.sealed",
+            format!(
+                "sealed for term {}: a leader of term {} is not followed",
+                view.memory.durable.sealed_term, record.term
+            ),
+        );
+    }
+    let Some(mut history) = switch
+        .and_then(|(parent, switch)| {
+            let mut older = History::from_reservations(parent, &facts.records.timelines)?;
+            older.0.push(crate::core::timeline::HistoryEntry { timeline: parent, switch });
+            Some(older)
+        })
+        .or_else(|| History::from_reservations(timeline, &facts.records.timelines))
+    else {
+        return Plan::new(
+            "follow.history",
+            format!("the history of timeline {timeline} is not known to the store (S12)"),
+        );
+    };
+    history.0.retain(|e| e.timeline < timeline);
+    if standby.timeline != timeline {
+        match history.switch_from(standby.timeline) {
+            Some(left) if standby.replayed <= left => {}
+            Some(left) => {
+                return diverged(
+                    facts,
+                    record,
+                    timeline,
+                    format!(
+                        "{} bytes of WAL after {left} of timeline {} are of another history than {upstream}'s timeline {timeline}",
+                        left.bytes_to(standby.replayed),
+                        standby.timeline
+                    ),
+                );
+            }
+            None => {
+                return diverged(
+                    facts,
+                    record,
+                    timeline,
+                    format!("timeline {} is not an ancestor of {upstream}'s timeline {timeline}", standby.timeline),
+                );
+            }
+        }
+    }
+    let Some(wanted) = facts.follow(&upstream, record.term) else {
+        return Plan::new("follow.address", format!("the address of {upstream} is not known yet"));
+    };
+    if standby.follows.as_ref() != Some(&wanted) {
+        return Plan::new("follow.turn", format!("following {upstream} under term {}", record.term))
+            .step(Step::Follow { follow: wanted });
+    }
+    if let Some(since) = view.memory.not_streaming
+        && view.now.since(since) >= view.policy.rejoin_timeout
+        && record.state == LeaderState::Held
+        && view.policy.reclone
+    {
+        let because = format!(
+            "followed {upstream} for {} without streaming (its WAL may be gone there)",
+            seconds(view.now.since(since))
+        );
+        return reclone(facts, because);
+    }
+    let doing = match standby.receiver {
+        Receiver::Streaming => "streaming",
+        Receiver::Connecting => "connecting",
+        Receiver::None => "waiting to connect",
+    };
+    let mut plan = Plan::new("follow", format!("{doing} from {upstream} under term {}", record.term));
+    if let Some(step) = slots(facts, standby) {
+        plan = plan.step(step);
+    }
+    plan
+}
+
+/// A standby keeps slots for the others too, so that it can be followed the moment it is promoted.
+fn slots(facts: &Facts<'_>, standby: &StandbyFacts) -> Option<Step> {
+    let members = duties::slot_members(facts);
+    let missing = members.iter().any(|(name, _)| !standby.slots.contains_key(&name.slot()));
+    let foreign = standby
+        .slots
+        .keys()
+        .any(|slot| slot.starts_with("pgvigil_") && members.iter().all(|(name, _)| name.slot() != *slot));
+    // Moved on only by leaps: every move is a write of a small file.
+    let behind = members.iter().any(|(name, at)| {
+        let kept = standby.slots.get(&name.slot()).copied().flatten();
+        at.zip(kept).is_some_and(|(at, kept)| kept.bytes_to(at.min(standby.replayed)) > 16 << 20)
+    });
+    (missing || foreign || behind).then_some(Step::KeepSlots { members })
+}
+
+fn diverged(facts: &Facts<'_>, record: &LeaderRecord, timeline: TimelineId, why: String) -> Plan {
+    let view = facts.view;
+    if record.state != LeaderState::Held {
+        return Plan::new("follow.diverged", format!("{why}; waiting for the new leader to be settled"));
+    }
+    if let Some(after) = view.memory.retry_after
+        && !view.now.any_reached(after)
+    {
+        return Plan::new("follow.retry", format!("{why}; trying again soon")).wake_at(after);
+    }
+    match view.memory.rejoin_failures {
+        0 => match facts.source(&record.holder.name) {
+            Some(from) => Plan::new("follow.rewind", format!("{why}: rewinding; the WAL that differs is kept"))
+                .step(Step::NewIncarnation)
+                .step(Step::Rewind { from, timeline }),
+            None => Plan::new("follow.address", format!("the address of {} is not known yet", record.holder.name)),
+        },
+        1 if view.policy.reclone => reclone(facts, format!("{why}, and could not be rewound")),
+        failures if failures < REJOIN_ATTEMPTS && view.policy.reclone => reclone(facts, why),
+        failures => Plan::new(
+            "follow.ask",
+            format!(
+                "{why}; {failures} attempts failed, nothing more is tried: look at the log, then `pgvigil reinit {}`",
+                facts.me().name
+            ),
+        ),
+    }
+}
+
+fn reclone(facts: &Facts<'_>, because: String) -> Plan {
+    if facts.view.memory.rejoin_failures >= REJOIN_ATTEMPTS {
+        return Plan::new(
+            "follow.ask",
+            format!(
+                "{because}; {} attempts failed, nothing more is tried: look at the log, then `pgvigil reinit {}`",
+                facts.view.memory.rejoin_failures,
+                facts.me().name
+            ),
+        );
+    }
+    let running = !matches!(facts.view.local.postgres, LocalPostgres::Down);
+    if running {
+        return Plan::new("follow.reclone", format!("{because}: stopping PostgreSQL to set its data aside"))
+            .step(Step::Stop { timeout: facts.view.policy.stop_timeout })
+            .step(Step::SetAside { why: because });
+    }
+    bootstrap::clone_plan(facts, Some(because.clone()), &because)
+}
+
+fn asked(facts: &Facts<'_>, record: &LeaderRecord) -> Option<Plan> {
+    let operation = facts.view.memory.operation.as_ref()?;
+    let request = &facts.records.requests.get(&operation.id)?.value;
+    match &request.what {
+        Operation::Restart { .. } => Some(
+            Plan::new("follow.restart", format!("asked by {}: restarting PostgreSQL", request.asked_by))
+                .step(Step::RestartInPlace { timeout: facts.view.policy.stop_timeout })
+                .step(Step::FinishRequest {
+                    id: request.id.clone(),
+                    outcome: Outcome::Done { message: "PostgreSQL is restarted".to_owned() },
+                }),
+        ),
+        Operation::Reinit { .. } if record.state == LeaderState::Held => {
+            let why = format!("asked by {}", request.asked_by);
+            let mut plan = Plan::new("follow.reinit", format!("{why}: setting the data aside and cloning anew"));
+            if !matches!(facts.view.local.postgres, LocalPostgres::Down) {
+                plan = plan.step(Step::Stop { timeout: facts.view.policy.stop_timeout });
+            }
+            Some(plan.step(Step::SetAside { why }).step(Step::FinishRequest {
+                id: request.id.clone(),
+                outcome: Outcome::Done { message: "the data are set aside; the clone is under way".to_owned() },
+            }))
+        }
+        Operation::Reinit { .. } | Operation::Switchover { .. } | Operation::Failover { .. } => None,
+    }
+}

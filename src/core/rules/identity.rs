@@ -1,0 +1,78 @@
+//! Who is not who it should be is refused before anything is touched (S7).
+
+use std::time::Duration;
+
+use super::Facts;
+use crate::core::plan::Plan;
+use crate::core::view::{DataDirectory, View};
+
+/// Does this directory, this state file and this store belong together?
+pub fn belongs(view: &View) -> Option<Plan> {
+    let refuse = |why: String| Some(Plan::new("identity.refused", why));
+    let in_directory = match &view.local.data {
+        DataDirectory::Foreign { why } => return refuse(format!("{why}; nothing is touched")),
+        DataDirectory::Present { system_identifier, .. } => Some(*system_identifier),
+        DataDirectory::Empty | DataDirectory::Unfinished { .. } | DataDirectory::Unknown { .. } => None,
+    };
+    let remembered = view.me.system_identifier;
+    let published = view.store.records().and_then(|r| r.init.value()).map(|init| init.system_identifier);
+    if let (Some(found), Some(remembered)) = (in_directory, remembered)
+        && found != remembered
+    {
+        return refuse(format!(
+            "the data directory has system identifier {found}, this member's state file says {remembered}: another \
+             database was put here; restore the right directory or remove the state file to begin anew"
+        ));
+    }
+    for (where_, found) in [("the data directory", in_directory), ("this member's state file", remembered)] {
+        if let (Some(found), Some(published)) = (found, published)
+            && found != published
+        {
+            return refuse(format!(
+                "{where_} has system identifier {found}, the cluster in the store has {published}: wrong cluster name, \
+                 wrong etcd or wrong directory"
+            ));
+        }
+    }
+    if in_directory.is_some() && remembered.is_none() {
+        return refuse(
+            "the data directory holds a database that this member does not know (no state file speaks of it): set it aside, \
+             or restore the state file that belongs to it"
+                .to_owned(),
+        );
+    }
+    None
+}
+
+/// Is another agent using this member's name?
+pub fn unique(view: &View) -> Option<Plan> {
+    let facts = Facts::of(view)?;
+    let record = facts.records.members.get(&facts.me().name)?;
+    if record.value.incarnation == facts.me().incarnation {
+        return None;
+    }
+    // Another life of this name. If it still speaks, it is somebody else; if it is silent, it is our own past.
+    let (beat, seen) = view.memory.beats.get(&facts.me().name)?;
+    let own_past = view.memory.published.as_ref().is_some_and(|(_, ours)| ours.beat == *beat);
+    if own_past {
+        return None;
+    }
+    let patience: Duration = view.policy.member_publish * 2;
+    let silent = facts.now().since(*seen);
+    if silent >= patience {
+        return None;
+    }
+    Some(
+        Plan::new(
+            "identity.name_in_use",
+            format!(
+                "the store knows {} as incarnation {} at {}; waiting whether it still speaks, because two agents must never \
+                 share a name",
+                facts.me().name,
+                record.value.incarnation,
+                record.value.api_url
+            ),
+        )
+        .wake_at(seen.plus(patience)),
+    )
+}

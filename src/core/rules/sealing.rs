@@ -1,0 +1,48 @@
+//! Somebody else coordinates an election: give our word that no WAL of a lower term is taken any more.
+
+use super::Facts;
+use crate::core::plan::{Plan, Step};
+use crate::core::records::LeaderState;
+use crate::core::view::{DataDirectory, LocalPostgres, View};
+
+pub fn rule(view: &View) -> Option<Plan> {
+    let facts = Facts::of(view)?;
+    let leader = facts.leader.filter(|l| l.value.holder != *facts.me())?;
+    let term = leader.value.term;
+    let LeaderState::Electing { coordinator, winner: None, .. } = &leader.value.state else { return None };
+    if !matches!(view.local.data, DataDirectory::Present { .. }) {
+        return Some(Plan::new(
+            "seal.no_data",
+            format!("{coordinator} elects for term {term}; there is no data here to seal"),
+        ));
+    }
+    let sealed = facts
+        .records
+        .seals
+        .get(&facts.me().name)
+        .is_some_and(|seal| seal.value.term == term && seal.value.incarnation == facts.me().incarnation);
+    if sealed {
+        return Some(Plan::new("seal.done", format!("sealed for term {term}; waiting for {coordinator} to choose")));
+    }
+    Some(seal(&facts, term, leader.revision, &format!("{coordinator} elects for term {term}")))
+}
+
+/// Seals this member, after bringing PostgreSQL to where it can be sealed.
+pub fn seal(facts: &Facts<'_>, term: crate::core::timeline::Term, leader_revision: i64, because: &str) -> Plan {
+    match &facts.view.local.postgres {
+        LocalPostgres::Standby(_) => {
+            Plan::new("seal", format!("{because}: sealing")).step(Step::Seal { term, leader_revision })
+        }
+        LocalPostgres::Down => {
+            Plan::new("seal.start", format!("{because}: starting PostgreSQL parked to learn its position"))
+                .steps(facts.start_parked())
+        }
+        LocalPostgres::Starting { why } => {
+            Plan::new("seal.recovery", format!("{because}: waiting for recovery here ({why})"))
+        }
+        // `superseded` has killed a primary before this; unknown facts have their own rule.
+        LocalPostgres::Primary(_) | LocalPostgres::Unknown { .. } => {
+            Plan::new("seal.wait", format!("{because}: PostgreSQL here cannot be sealed yet"))
+        }
+    }
+}

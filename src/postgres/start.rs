@@ -1,0 +1,147 @@
+//! Everything that has to be true before PostgreSQL starts, and what the guardian is to start.
+
+use crate::core::plan::SyncRule;
+use crate::core::timeline::TimelineId;
+use crate::core::view::DataDirectory;
+use crate::ports::{Launch, PostgresError, StartMode};
+
+use super::LocalServer;
+use super::files::{self, broken};
+use super::settings::{self, Dynamic};
+use super::{data_directory, hba, roles, timelines};
+
+pub async fn prepare(server: &LocalServer, mode: &StartMode) -> Result<Launch, PostgresError> {
+    let what = "prepare the start of postgresql";
+    let layout = &server.layout;
+    let major = server.major().await?;
+    match data_directory::look(layout, Some(major)) {
+        DataDirectory::Present { .. } => {}
+        DataDirectory::Empty => return Err(broken(what, format!("{} is empty", layout.data_dir.display()))),
+        DataDirectory::Unfinished { what: job } => {
+            let why = format!("{} was left in the middle of: {job}; it is no database", layout.data_dir.display());
+            return Err(broken(what, why));
+        }
+        DataDirectory::Foreign { why } | DataDirectory::Unknown { why } => return Err(broken(what, why)),
+    }
+    refuse_what_ends_recovery(server)?;
+    let control = server.control_file(what)?;
+
+    let newest = timelines::newest_own(layout, &control)?;
+    for number in timelines::remove_unused(layout, newest)? {
+        tracing::info!(timeline = %number, "removed a history file that was planted for a promotion that did not happen");
+    }
+    let timeline = match mode {
+        // The leader's newest timeline, which its walreceiver brings.
+        StartMode::Follow(_) => "latest".to_owned(),
+        StartMode::Parked => parked_target(server, &control, newest)?,
+    };
+
+    server.prepare_directories()?;
+    strip_auto_conf(server)?;
+    let dynamic = match mode {
+        StartMode::Parked => Dynamic::alone(SyncRule::Nobody),
+        StartMode::Follow(follow) => Dynamic::following(follow, layout),
+    };
+    server.owner.write(&layout.dynamic_file, &dynamic.file(), false)?;
+    write_configuration(server).await?;
+    write_standby_signal(server)?;
+    // PostgreSQL refuses a data directory that others can read; a copy by hand often is one.
+    files::restrict(&layout.data_dir, 0o700)?;
+    launch(server, major, &timeline)
+}
+
+/// Parked is "this directory's own line to its end, and no other": the newest own timeline, with history files of others
+/// out of the way. Not `current`: the control file may still name the timeline before the last switch, and the WAL after
+/// it, which this member may have acknowledged, would stay unread (S2; see [`timelines::newest_own`]). `latest` finds the
+/// newest own one and lets the member follow a leader's next timeline without another start.
+fn parked_target(
+    server: &LocalServer,
+    control: &super::controldata::ControlFile,
+    newest: TimelineId,
+) -> Result<String, PostgresError> {
+    for number in timelines::move_foreign(&server.layout, &server.owner, newest)? {
+        tracing::info!(timeline = %number, newest_own = %newest, "moved the history file of another timeline out of pg_wal");
+    }
+    if timelines::contiguous(&server.layout, control, newest) {
+        return Ok("latest".to_owned());
+    }
+    // PostgreSQL would stop looking at the gap. Named outright it is found; following on wants another start then.
+    Ok(settings::timeline_target(newest))
+}
+
+/// S8: nothing but a promotion may end recovery. Leftovers of a restore are a person's unfinished work: refused, kept.
+fn refuse_what_ends_recovery(server: &LocalServer) -> Result<(), PostgresError> {
+    let what = "prepare the start of postgresql";
+    let layout = &server.layout;
+    let auto_conf = files::read_if_there(&layout.auto_conf())?.unwrap_or_default();
+    let targets = settings::leftover_targets(&auto_conf);
+    if !targets.is_empty() {
+        let why = format!(
+            "{} still asks for {}: a restore that was not finished would end recovery by itself; take these lines out",
+            layout.auto_conf().display(),
+            targets.join(", ")
+        );
+        return Err(broken(what, why));
+    }
+    let signal = layout.data_dir.join("recovery.signal");
+    if signal.exists() {
+        let why = format!("{} is there: a restore was not finished; finish it, or remove the file", signal.display());
+        return Err(broken(what, why));
+    }
+    Ok(())
+}
+
+/// Takes pgvigil's own settings out of postgresql.auto.conf, which outranks our files.
+pub fn strip_auto_conf(server: &LocalServer) -> Result<(), PostgresError> {
+    let path = server.layout.auto_conf();
+    let Some(text) = files::read_if_there(&path)? else { return Ok(()) };
+    let (kept, taken) = settings::strip_owned(&text);
+    if !taken.is_empty() {
+        tracing::warn!(settings = %taken.join(", "), file = %path.display(), "took settings of ALTER SYSTEM out that pgvigil owns");
+        server.owner.write(&path, &kept, true)?;
+    }
+    Ok(())
+}
+
+/// postgresql.conf, pg_hba.conf, pg_ident.conf, passfile; not the dynamic file.
+pub async fn write_configuration(server: &LocalServer) -> Result<(), PostgresError> {
+    let major = server.major().await?;
+    let (layout, owner, config) = (&server.layout, &server.owner, &server.config);
+    settings::check_parameters(&config.postgresql.parameters).map_err(|why| broken("write postgresql.conf", why))?;
+    owner.write(&layout.main_file, &settings::main_file(config, layout, major), false)?;
+    owner.write(&layout.hba_file, &hba::hba_file(config), false)?;
+    owner.write(&layout.ident_file, &hba::ident_file(), false)?;
+    write_passfile(server)
+}
+
+/// For libpq: the walreceiver's and the tools'. A password in a connection string would show in views and process lists.
+pub fn write_passfile(server: &LocalServer) -> Result<(), PostgresError> {
+    let password = server.config.postgresql.internal_password.expose().replace('\\', "\\\\").replace(':', "\\:");
+    let lines = [roles::REPLICATION, roles::REWIND].map(|role| format!("*:*:*:{role}:{password}\n"));
+    server.owner.write(&server.layout.passfile, &lines.concat(), false)
+}
+
+/// S8: there at all times. Durable when this returns: a power loss must not find the directory without it.
+pub fn write_standby_signal(server: &LocalServer) -> Result<(), PostgresError> {
+    let path = server.layout.standby_signal();
+    if path.exists() {
+        return Ok(());
+    }
+    server.owner.write(&path, "", true)
+}
+
+fn launch(server: &LocalServer, major: u32, timeline: &str) -> Result<Launch, PostgresError> {
+    let (layout, owner) = (&server.layout, &server.owner);
+    let mut arguments = vec!["-D".to_owned(), layout.data_dir.display().to_string()];
+    for (name, value) in settings::command_line(&server.config, layout, major, timeline) {
+        arguments.push("-c".to_owned());
+        arguments.push(format!("{name}={value}"));
+    }
+    Ok(Launch {
+        program: server.program("postgres")?,
+        arguments,
+        user: owner.switch.then(|| (owner.uid, owner.gid, owner.groups.clone())),
+        log_file: layout.log_dir.join("startup.log"),
+        environment: vec![("PATH".into(), "/usr/bin:/bin".into()), ("LC_ALL".into(), "C.UTF-8".into())],
+    })
+}

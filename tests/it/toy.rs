@@ -1,0 +1,610 @@
+//! A cluster small enough to read: the store is a value, PostgreSQL an enum, and a round is observe, decide, execute. It
+//! knows what the rules have to cope with (order of events, death, silence, divergence), not what PostgreSQL has to cope
+//! with; that is `tests/cluster`'s.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use pgvigil::core::decide::decide;
+use pgvigil::core::lease::Timings;
+use pgvigil::core::lint;
+use pgvigil::core::plan::{Follow, Plan, Step, SyncRule};
+use pgvigil::core::records::{
+    ClusterRecords, Durability, Entry, Key, Keyed, LeaderState, LeaseRecord, Position, SealRecord, Tags, Transaction,
+    Write,
+};
+use pgvigil::core::timeline::{History, HistoryEntry, TimelineId};
+use pgvigil::core::view::{
+    DataDirectory, Durable, Exit, Guard, GuardState, JobKind, LeaseView, Local, LocalPostgres, Me, Memory, Policy,
+    PrimaryFacts, Receiver, Replica, StandbyFacts, Store, View,
+};
+use pgvigil::core::{Incarnation, Lsn, MemberId, MemberName, Moment};
+
+pub const ROUND: Duration = Duration::from_millis(100);
+const SYSTEM: u64 = 7_000_000_000_000_000_001;
+
+pub fn name(text: &str) -> MemberName {
+    MemberName::new(text).unwrap()
+}
+
+pub fn policy(durability: Durability) -> Policy {
+    Policy {
+        timings: Timings {
+            heartbeat: Duration::from_secs(1),
+            ttl: Duration::from_secs(8),
+            kill_budget: Duration::from_secs(1),
+            renewal_timeout: Duration::from_secs(2),
+        },
+        durability,
+        k: 1,
+        max_stall: Duration::from_secs(3),
+        max_lag: 1 << 20,
+        election_wait: Duration::from_millis(500),
+        election_give_up: Duration::from_secs(3),
+        crash_failover: true,
+        crash_max_restarts: 3,
+        crash_window: Duration::from_secs(600),
+        start_timeout: Duration::from_secs(300),
+        stop_timeout: Duration::from_secs(30),
+        member_publish: Duration::from_secs(3),
+        reclone: true,
+        rejoin_timeout: Duration::from_secs(60),
+    }
+}
+
+#[derive(Clone, Debug)]
+pub enum Pg {
+    Down,
+    Standby { timeline: u32, history: History, replayed: u64, follows: Option<Follow> },
+    Primary { timeline: u32, history: History, flushed: u64, rule: String },
+}
+
+#[derive(Clone, Debug)]
+pub struct Member {
+    pub me: Me,
+    pub memory: Memory,
+    pub data: DataDirectory,
+    pub pg: Pg,
+    pub disk: (u32, History, u64),
+    pub lease: LeaseView,
+    pub kept: Option<i64>,
+    pub armed: Option<pgvigil::core::timeline::Term>,
+    pub agent: bool,
+    pub store: bool,
+    pub exit: Option<Exit>,
+    pub starts: u64,
+    pub stopping: bool,
+    pub exited: bool,
+    pub last: Option<Plan>,
+}
+
+pub struct Toy {
+    pub now: Moment,
+    pub records: ClusterRecords,
+    pub members: BTreeMap<MemberName, Member>,
+    pub policy: Policy,
+    /// (member, term) of everybody who was read-write in some round.
+    pub writers: Vec<(MemberName, u32)>,
+    seq: u64,
+}
+
+impl Toy {
+    pub fn new(names: &[&str], durability: Durability) -> Toy {
+        let configured: Vec<MemberName> = names.iter().map(|n| name(n)).collect();
+        let members = configured
+            .iter()
+            .enumerate()
+            .map(|(i, n)| {
+                let id = MemberId { name: n.clone(), incarnation: Incarnation(i as u64 + 1) };
+                let me = Me {
+                    id,
+                    boot_id: format!("boot-{n}"),
+                    start_counter: 1,
+                    tags: Tags::default(),
+                    system_identifier: None,
+                    configured: configured.clone(),
+                    host: "127.0.0.1".to_owned(),
+                    port: 5432 + i as u16,
+                    api_url: format!("http://127.0.0.1:{}", 8008 + i),
+                    agent_version: "0".to_owned(),
+                };
+                let member = Member {
+                    me,
+                    memory: Memory::default(),
+                    data: DataDirectory::Empty,
+                    pg: Pg::Down,
+                    disk: (1, History::default(), 0),
+                    lease: LeaseView::None,
+                    kept: None,
+                    armed: None,
+                    agent: true,
+                    store: true,
+                    exit: None,
+                    starts: 0,
+                    stopping: false,
+                    exited: false,
+                    last: None,
+                };
+                (n.clone(), member)
+            })
+            .collect();
+        let records = ClusterRecords { store_id: 7, revision: 1, ..ClusterRecords::default() };
+        Toy {
+            now: Moment::at(1_000_000_000_000),
+            records,
+            members,
+            policy: policy(durability),
+            writers: Vec::new(),
+            seq: 0,
+        }
+    }
+
+    pub fn member(&mut self, n: &str) -> &mut Member {
+        self.members.get_mut(&name(n)).unwrap()
+    }
+
+    pub fn primaries(&self) -> Vec<MemberName> {
+        self.members
+            .iter()
+            .filter(|(_, m)| matches!(m.pg, Pg::Primary { .. }) && !m.exited)
+            .map(|(n, _)| n.clone())
+            .collect()
+    }
+
+    /// The published leader whose PostgreSQL is read-write.
+    pub fn leader(&self) -> Option<MemberName> {
+        let record = self.records.leader()?;
+        let open = record.state == LeaderState::Held
+            && matches!(self.members[&record.holder.name].pg, Pg::Primary { .. })
+            && self.members[&record.holder.name].agent;
+        open.then(|| record.holder.name.clone())
+    }
+
+    pub fn streaming(&self) -> usize {
+        self.members.keys().filter(|n| self.streams(n)).count()
+    }
+
+    fn streams(&self, n: &MemberName) -> bool {
+        let Pg::Standby { timeline, follows: Some(follow), .. } = &self.members[n].pg else { return false };
+        match &self.members[&follow.upstream.member].pg {
+            Pg::Primary { timeline: up, history, .. } => {
+                timeline == up || history.switch_from(TimelineId(*timeline)).is_some()
+            }
+            _ => false,
+        }
+    }
+
+    /// Rounds until `done`, or a panic that shows what everybody was doing.
+    pub fn until(&mut self, what: &str, rounds: usize, mut done: impl FnMut(&Toy) -> bool) {
+        for _ in 0..rounds {
+            self.round();
+            if done(self) {
+                return;
+            }
+        }
+        let doing: Vec<String> = self
+            .members
+            .iter()
+            .map(|(n, m)| {
+                let plan = m.last.as_ref().map(|p| format!("{}: {}", p.rule, p.reason)).unwrap_or_default();
+                format!("{n}: {plan} | {:?} | {:?}", m.pg, m.lease)
+            })
+            .collect();
+        panic!("not within {rounds} rounds: {what}\nleader {:?}\n{}", self.records.leader, doing.join("\n"));
+    }
+
+    pub fn round(&mut self) {
+        self.now = self.now.plus(ROUND);
+        self.replicate();
+        self.guard();
+        let names: Vec<MemberName> = self.members.keys().cloned().collect();
+        for n in &names {
+            if self.members[n].agent && !self.members[n].exited {
+                self.keep(n);
+                self.step(n);
+            }
+        }
+        let open = self.primaries();
+        assert!(open.len() <= 1, "S1: two members are read-write at once: {open:?}");
+    }
+
+    /// The primary writes a little; standbys that follow get it.
+    fn replicate(&mut self) {
+        for m in self.members.values_mut() {
+            if let Pg::Primary { flushed, .. } = &mut m.pg {
+                *flushed += 10;
+            }
+        }
+        let all = self.members.clone();
+        for m in self.members.values_mut() {
+            let Pg::Standby { timeline, history, replayed, follows: Some(follow) } = &mut m.pg else { continue };
+            match &all[&follow.upstream.member].pg {
+                Pg::Primary { timeline: up, history: theirs, flushed, .. } => {
+                    let joins = *timeline == *up
+                        || theirs.switch_from(TimelineId(*timeline)).is_some_and(|left| *replayed <= left.0);
+                    if joins {
+                        (*timeline, *history, *replayed) = (*up, theirs.clone(), *flushed);
+                    }
+                }
+                Pg::Standby { .. } | Pg::Down => {}
+            }
+        }
+        for m in self.members.values_mut() {
+            match &m.pg {
+                Pg::Standby { timeline, history, replayed: at, .. }
+                | Pg::Primary { timeline, history, flushed: at, .. } => {
+                    m.disk = (*timeline, history.clone(), *at);
+                }
+                Pg::Down => {}
+            }
+        }
+    }
+
+    /// The guardian: at F = D - K an armed PostgreSQL dies, agent or no agent.
+    fn guard(&mut self) {
+        let (now, budget) = (self.now, self.policy.timings.kill_budget);
+        for m in self.members.values_mut() {
+            let deadline = match &m.lease {
+                LeaseView::Held { deadline, .. } => Some(*deadline),
+                LeaseView::Lost { deadline, .. } => *deadline,
+                LeaseView::None | LeaseView::Claimed { .. } => None,
+            };
+            if m.armed.is_some() && deadline.is_some_and(|d| now.any_reached(d.minus(budget))) {
+                m.die("killed by the guardian: deadline passed");
+            }
+        }
+    }
+
+    fn keep(&mut self, n: &MemberName) {
+        let m = self.members.get_mut(n).unwrap();
+        let Some(revision) = m.kept.filter(|_| m.store) else { return };
+        let Some(term) = m.lease.term() else { return };
+        if self.records.leader.revision() == revision {
+            self.seq += 1;
+            self.records.revision += 1;
+            let lease = LeaseRecord { term, seq: self.seq, lsn: None };
+            self.records.lease = Entry::Present(Keyed { revision: self.records.revision, value: lease });
+            m.lease = LeaseView::Held { term, deadline: self.policy.timings.deadline(self.now) };
+        } else {
+            let deadline = match &m.lease {
+                LeaseView::Held { deadline, .. } => Some(*deadline),
+                LeaseView::Lost { deadline, .. } => *deadline,
+                _ => None,
+            };
+            m.lease = LeaseView::Lost { term, deadline };
+        }
+    }
+
+    pub fn view(&mut self, n: &MemberName) -> View {
+        let replicas = self.replicas(n);
+        let (now, policy, records) = (self.now, self.policy.clone(), self.records.clone());
+        let receiver = if self.streams(n) { Receiver::Streaming } else { Receiver::None };
+        let m = self.members.get_mut(n).unwrap();
+        let guard = match &m.pg {
+            Pg::Down => GuardState::Idle { exit: m.exit.clone() },
+            Pg::Standby { .. } | Pg::Primary { .. } => GuardState::Running { postmaster: 1, armed: m.armed },
+        };
+        let slots = self.policy.k; // any number: the toy's slots are always right
+        let _ = slots;
+        let postgres = match &m.pg {
+            Pg::Down => LocalPostgres::Down,
+            Pg::Standby { timeline, history, replayed, follows } => LocalPostgres::Standby(StandbyFacts {
+                version: 150_000,
+                system_identifier: SYSTEM,
+                timeline: TimelineId(*timeline),
+                history: history.clone(),
+                replayed: Lsn(*replayed),
+                received: Some(Lsn(*replayed)),
+                replay_paused: false,
+                replay_delay_ms: None,
+                follows: follows.clone(),
+                receiver,
+                pending_restart: false,
+                slots: all_slots(&m.me),
+            }),
+            Pg::Primary { timeline, history, flushed, rule } => LocalPostgres::Primary(PrimaryFacts {
+                version: 150_000,
+                system_identifier: SYSTEM,
+                timeline: TimelineId(*timeline),
+                history: history.clone(),
+                flushed: Lsn(*flushed),
+                writable: true,
+                rule_text: rule.clone(),
+                replicas,
+                slots: all_slots(&m.me),
+                pending_restart: false,
+                exceptions: vec![],
+            }),
+        };
+        let local = Local {
+            observed_at: now,
+            data: m.data.clone(),
+            postgres,
+            guard: Guard { state: guard, real_time: true, control_group: true, death_covered: false },
+        };
+        let store = if m.store {
+            Store::Known { observed_at: now, records: Box::new(records) }
+        } else {
+            Store::Unknown { why: "cut".to_owned(), since: now }
+        };
+        m.memory = std::mem::take(&mut m.memory).observe(&m.me, &policy, &local, &store, now);
+        View {
+            now,
+            me: m.me.clone(),
+            policy,
+            local,
+            store,
+            lease: m.lease.clone(),
+            memory: m.memory.clone(),
+            job: None,
+            stopping: m.stopping,
+        }
+    }
+
+    fn replicas(&self, upstream: &MemberName) -> Vec<Replica> {
+        self.members
+            .keys()
+            .filter(|n| self.streams(n))
+            .filter_map(|n| match &self.members[n].pg {
+                Pg::Standby { follows: Some(f), replayed, .. } if f.upstream.member == *upstream => Some(Replica {
+                    pid: 1,
+                    application_name: f.walreceiver.clone(),
+                    state: "streaming".to_owned(),
+                    flushed: Some(Lsn(*replayed)),
+                    replayed: Some(Lsn(*replayed)),
+                    sync_priority: 1,
+                    reply_age_ms: Some(0),
+                }),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn step(&mut self, n: &MemberName) {
+        let view = self.view(n);
+        let plan = decide(&view);
+        let violations = lint::violations(&view, &plan);
+        assert!(violations.is_empty(), "{n}: {}: {violations:?}", plan.rule);
+        // A view is what an incident is replayed from: it survives the way through JSON.
+        let text = serde_json::to_string(&view).unwrap();
+        assert_eq!(decide(&serde_json::from_str::<View>(&text).unwrap()), plan, "equal views give equal plans");
+        self.members.get_mut(n).unwrap().last = Some(plan.clone());
+        for step in &plan.steps {
+            if !self.execute(n, step) {
+                break;
+            }
+        }
+    }
+
+    fn execute(&mut self, n: &MemberName, step: &Step) -> bool {
+        let now = self.now;
+        if let Step::Commit { transaction, .. } = step {
+            let reached = self.members[n].store;
+            let done = reached && self.commit(transaction);
+            if done {
+                for write in &transaction.write {
+                    if let Write::Member(_, record) = write {
+                        self.members.get_mut(n).unwrap().memory.published = Some((now, (**record).clone()));
+                    }
+                }
+            }
+            return done;
+        }
+        if let Step::HandOver { order } = step {
+            self.replicate();
+            let m = self.members.get_mut(n).unwrap();
+            m.die_as("stopped", true);
+            let done = self.commit(&order.release);
+            assert!(done, "the release of a hand-over");
+            let m = self.members.get_mut(n).unwrap();
+            (m.lease, m.kept) = (LeaseView::None, None);
+            return true;
+        }
+        if let Step::FinishRequest { id, outcome } = step {
+            let mut request = self.records.requests[id].value.clone();
+            request.outcome = Some(outcome.clone());
+            return self.commit(&Transaction::default().put(Write::Request(request)));
+        }
+        let mut all = self.members.clone();
+        let records = self.records.clone();
+        let m = self.members.get_mut(n).unwrap();
+        match step {
+            Step::Remember { highest_term, highest_sync_term, store_id, store_revision } => {
+                m.memory.durable = Durable {
+                    highest_term: *highest_term,
+                    highest_sync_term: *highest_sync_term,
+                    store_id: *store_id,
+                    store_revision: *store_revision,
+                    ..m.memory.durable.clone()
+                };
+            }
+            Step::Join { system_identifier } => m.me.system_identifier = Some(*system_identifier),
+            Step::NewIncarnation => m.me.id.incarnation = Incarnation(m.me.id.incarnation.0 + 100),
+            Step::ForgetCrashes => m.memory.crashes.clear(),
+            Step::KeepLease { term, leader_revision } => {
+                (m.kept, m.memory.kept_revision) = (Some(*leader_revision), Some(*leader_revision));
+                if m.lease.term() != Some(*term) {
+                    m.lease = LeaseView::Claimed { term: *term };
+                }
+            }
+            Step::DropLease => {
+                (m.kept, m.memory.kept_revision, m.lease) = (None, None, LeaseView::None);
+            }
+            Step::Kill => m.die("killed by the guardian: asked"),
+            Step::Disarm => m.armed = None,
+            Step::Start { follow } => {
+                m.armed = None;
+                m.starts += 1;
+                let (timeline, history, at) = m.disk.clone();
+                m.pg = Pg::Standby { timeline, history, replayed: at, follows: follow.clone() };
+            }
+            Step::Follow { follow } => {
+                if let Pg::Standby { follows, .. } = &mut m.pg {
+                    *follows = Some(follow.clone());
+                }
+            }
+            Step::Seal { term, .. } => {
+                assert!(m.memory.durable.sealed_term <= *term);
+                m.memory.durable.sealed_term = *term;
+                let Pg::Standby { timeline, history, replayed, follows } = &mut m.pg else { return false };
+                *follows = None;
+                let position = Position {
+                    timeline: TimelineId(*timeline),
+                    replayed: Lsn(*replayed),
+                    received: Lsn(*replayed),
+                    history: history.clone(),
+                };
+                let seal =
+                    SealRecord { term: *term, incarnation: m.me.id.incarnation, position, tags: m.me.tags.clone() };
+                let transaction =
+                    Transaction::when(Key::Leader, records.leader.revision()).put(Write::Seal(n.clone(), seal));
+                self.commit(&transaction);
+            }
+            Step::Promote { order } => {
+                let Pg::Standby { timeline, history, replayed, .. } = &m.pg else { return false };
+                let mut history = history.clone();
+                history.0.push(HistoryEntry { timeline: TimelineId(*timeline), switch: Lsn(*replayed) });
+                m.armed = Some(order.term);
+                self.writers.push((n.clone(), order.timeline.0));
+                m.pg = Pg::Primary {
+                    timeline: order.timeline.0,
+                    history,
+                    flushed: *replayed,
+                    rule: SyncRule::Nobody.to_string(),
+                };
+                m.memory = std::mem::take(&mut m.memory).job_ended(
+                    &JobKind::Promote { term: order.term },
+                    &Ok(String::new()),
+                    now,
+                );
+            }
+            Step::Enforce { to, .. } => {
+                if let Pg::Primary { rule, .. } = &mut m.pg {
+                    *rule = to.to_string();
+                }
+                m.memory = std::mem::take(&mut m.memory).job_ended(
+                    &JobKind::Enforce { to: to.clone() },
+                    &Ok(String::new()),
+                    now,
+                );
+            }
+            Step::Bootstrap => {
+                m.me.system_identifier = Some(SYSTEM);
+                m.disk = (1, History::default(), 1000);
+                m.data = present(1);
+            }
+            Step::SetAside { .. } => m.data = DataDirectory::Empty,
+            Step::Clone { from } => {
+                let source = all.remove(&from.member).unwrap();
+                m.disk = source.disk.clone();
+                m.data = present(m.disk.0);
+            }
+            Step::Rewind { from, .. } => {
+                let source = all.remove(&from.member).unwrap();
+                m.die_as("stopped", true);
+                m.disk = source.disk.clone();
+                m.pg = Pg::Down;
+            }
+            Step::RestartInPlace { .. } | Step::Stop { .. } => m.die_as("stopped", true),
+            Step::Exit => m.exited = true,
+            Step::EndWalsenders { .. } | Step::KeepSlots { .. } | Step::Reload => {}
+            Step::Commit { .. } | Step::HandOver { .. } | Step::FinishRequest { .. } => unreachable!("done above"),
+        }
+        true
+    }
+
+    fn commit(&mut self, transaction: &Transaction) -> bool {
+        let holds = transaction.compare.iter().all(|c| self.revision(&c.key) == c.revision);
+        if !holds {
+            return false;
+        }
+        self.records.revision += 1;
+        let revision = self.records.revision;
+        for write in transaction.write.iter().cloned() {
+            let r = &mut self.records;
+            match write {
+                Write::Init(value) => r.init = Entry::Present(Keyed { revision, value }),
+                Write::Leader(value) => r.leader = Entry::Present(Keyed { revision, value }),
+                Write::Lease(value) => r.lease = Entry::Present(Keyed { revision, value }),
+                Write::Sync(value) => r.sync = Entry::Present(Keyed { revision, value }),
+                Write::Membership(value) => r.membership = Entry::Present(Keyed { revision, value }),
+                Write::Timeline(n, value) => {
+                    assert!(r.timelines.insert(n, value).is_none(), "S6: timeline {n} was reserved twice");
+                }
+                Write::Member(n, value) => {
+                    r.members.insert(n, Keyed { revision, value: *value });
+                }
+                Write::Seal(n, value) => {
+                    r.seals.insert(n, Keyed { revision, value });
+                }
+                Write::Request(value) => {
+                    r.requests.insert(value.id.clone(), Keyed { revision, value });
+                }
+                Write::History(value) => {
+                    r.history.insert(value.term, value);
+                }
+                Write::Delete(Key::Request(id)) => {
+                    r.requests.remove(&id);
+                }
+                Write::Delete(key) => panic!("nobody deletes {key:?}"),
+            }
+        }
+        true
+    }
+
+    fn revision(&self, key: &Key) -> i64 {
+        let r = &self.records;
+        match key {
+            Key::Init => r.init.revision(),
+            Key::Leader => r.leader.revision(),
+            Key::Lease => r.lease.revision(),
+            Key::Sync => r.sync.revision(),
+            Key::Membership => r.membership.revision(),
+            Key::Timeline(n) => i64::from(r.timelines.contains_key(n)),
+            Key::Member(n) => r.members.get(n).map(|k| k.revision).unwrap_or(0),
+            Key::Seal(n) => r.seals.get(n).map(|k| k.revision).unwrap_or(0),
+            Key::Request(id) => r.requests.get(id).map(|k| k.revision).unwrap_or(0),
+            Key::History(term) => i64::from(r.history.contains_key(term)),
+        }
+    }
+}
+
+impl Member {
+    pub fn die(&mut self, how: &str) {
+        self.die_as(how, false);
+    }
+
+    pub fn die_as(&mut self, how: &str, orderly: bool) {
+        if !matches!(self.pg, Pg::Down) {
+            if let Pg::Standby { timeline, history, replayed: at, .. }
+            | Pg::Primary { timeline, history, flushed: at, .. } = &self.pg
+            {
+                self.disk = (*timeline, history.clone(), *at);
+            }
+            self.pg = Pg::Down;
+            self.exit = Some(Exit { how: how.to_owned(), orderly, start_number: self.starts });
+        }
+        self.armed = None;
+    }
+
+    /// The agent's process starts anew: only what is on disk is known.
+    pub fn restart_agent(&mut self) {
+        self.memory = Memory { durable: self.memory.durable.clone(), ..Memory::default() };
+        (self.lease, self.kept) = (LeaseView::None, None);
+        self.agent = true;
+        self.me.start_counter += 1;
+    }
+}
+
+fn present(timeline: u32) -> DataDirectory {
+    DataDirectory::Present {
+        system_identifier: SYSTEM,
+        checkpoint_timeline: TimelineId(timeline),
+        version: 15,
+        cleanly_stopped: true,
+    }
+}
+
+fn all_slots(me: &Me) -> BTreeMap<String, Option<Lsn>> {
+    me.configured.iter().filter(|n| **n != me.id.name).map(|n| (n.slot(), None)).collect()
+}
