@@ -1,1 +1,4 @@
 //! One binary for everything that needs no cluster: contracts, edges, golden files, layers.
+
+mod dcs_contract;
+mod support;
