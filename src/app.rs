@@ -12,13 +12,13 @@ use tracing::{info, warn};
 
 use crate::agent::execute::World;
 use crate::agent::lease_keeper::LeaseKeeper;
-use crate::agent::run::{Agent, Asked, End, Wanted};
+use crate::agent::run::{Agent, Asked, End, NotTaken, Taken, Wanted};
 use crate::agent::state_file::StateFile;
 use crate::agent::status::Status;
-use crate::api::{self, Api};
+use crate::api::{self, Accepted, Api, Refusal};
 use crate::config::Config;
 use crate::core::view::Me;
-use crate::dcs::EtcdDcs;
+use crate::dcs::etcd::EtcdDcs;
 use crate::fencing::{GuardianFence, GuardianOptions, SystemClock};
 use crate::ports::{Clock, Dcs, Fence, Postgres};
 use crate::postgres::LocalServer;
@@ -139,8 +139,16 @@ fn start_api(
                 return;
             }
             tokio::spawn(async move {
-                let said = answer.await.unwrap_or_else(|_| Err("the agent is ending".to_owned()));
-                request.answer.give(said);
+                let said = match answer.await {
+                    Ok(Ok(Taken::New)) => Ok(Accepted::New),
+                    Ok(Ok(Taken::Known)) => Ok(Accepted::Known),
+                    Ok(Err(NotTaken::IdInUse)) => Err(Refusal::IdTaken),
+                    Ok(Err(NotTaken::NothingWritten(why))) => Err(Refusal::Unavailable(why)),
+                    Ok(Err(NotTaken::Unknown(why))) => Err(Refusal::Unknown(why)),
+                    Err(_) => Err(Refusal::Unavailable("the agent is ending".to_owned())),
+                };
+                // Whoever asked may have gone away; the request stands all the same.
+                let _ = request.answer.send(said);
             });
         }
     });

@@ -144,7 +144,7 @@ fn state(view: &View) -> &'static str {
             JobKind::Clone { .. } => return "creating replica",
             JobKind::Rewind { .. } => return "running pg_rewind",
             JobKind::Restart => return "restarting",
-            JobKind::HandOver { .. } => return "stopping",
+            JobKind::HandOver { .. } | JobKind::Stop => return "stopping",
             JobKind::Seal { .. } | JobKind::Promote { .. } | JobKind::Enforce { .. } => {}
         }
     }

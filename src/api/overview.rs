@@ -520,6 +520,7 @@ fn job_name(what: &JobKind) -> String {
         JobKind::HandOver { to: Some(to) } => format!("hand over to {to}"),
         JobKind::HandOver { to: None } => "hand over".to_owned(),
         JobKind::Restart => "restart".to_owned(),
+        JobKind::Stop => "stop".to_owned(),
         JobKind::Seal { term } => format!("seal for term {term}"),
         JobKind::Promote { term } => format!("promote under term {term}"),
         JobKind::Enforce { to } => format!("enforce {to}"),

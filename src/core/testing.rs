@@ -53,6 +53,7 @@ pub fn policy() -> Policy {
         start_timeout: secs(300),
         stop_timeout: secs(60),
         member_publish: secs(3),
+        rejoin_timeout: Duration::from_secs(60),
         reclone: true,
     }
 }

@@ -66,7 +66,7 @@ fn primary_needs_the_record_the_lease_and_a_writable_postgresql() {
     };
     passes(Check::Primary, &a);
     fails(Check::Primary, &with(&|v| v.lease = LeaseView::None), "no lease");
-    fails(Check::Primary, &with(&|v| v.lease = LeaseView::Lost { term: Term(4) }), "no lease");
+    fails(Check::Primary, &with(&|v| v.lease = LeaseView::Lost { term: Term(4), deadline: None }), "no lease");
     fails(Check::Primary, &with(&|v| v.lease = LeaseView::Held { term: Term(4), deadline: NOW }), "is over");
     fails(Check::Primary, &with(&|v| v.local.postgres = LocalPostgres::Down), "does not run");
     let standby = healthy().seen_by("b").local.postgres;
