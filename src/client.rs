@@ -96,6 +96,12 @@ impl Client {
         futures_util::future::join_all(questions).await
     }
 
+    /// One address' status and body; `None`: no answer.
+    pub async fn look(&self, base: &str, path: &str, within: Duration) -> Option<(u16, Value)> {
+        let answer = tokio::time::timeout(within, self.ask(base, Method::GET, path, None)).await.ok()?.ok()?;
+        Some((answer.status.as_u16(), answer.body))
+    }
+
     /// `body` carries a request id of ours, so asking a second member after a lost answer does nothing twice.
     pub async fn post(&self, path: &str, body: &Value) -> Result<Answer, ClientError> {
         let mut refused = None;

@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+pub use config::newest_bin_dir;
 pub use exit::{Exit, Failure, say};
 
 /// Where the agent's package puts the file.

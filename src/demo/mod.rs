@@ -1,1 +1,19 @@
-//! (to be written)
+//! Whole clusters on this machine's loopback: etcd, agents, PostgreSQL, writers. `pgvigil demo`, tests/cluster and
+//! scripts/bench all run this code, so what a visitor sees is what the tests check.
+//!
+//! Everything that a cluster owns (files, sockets, processes) carries the path of its own fresh base directory: in its
+//! arguments or as its working directory. That is how processes are found to be ended, the ones too that outlive their
+//! parents on purpose; nothing else on the machine is ever touched.
+
+mod cluster;
+mod error;
+mod etcd;
+mod member;
+mod ports;
+mod processes;
+pub mod sql;
+pub mod writer;
+
+pub use cluster::{Cluster, Look, Options};
+pub use error::DemoError;
+pub use member::Member;

@@ -1,3 +1,5 @@
 //! Real PostgreSQL, real etcd, real processes killed.
 
 #![allow(clippy::unwrap_used, reason = "a test that panics has done its job")]
+
+mod harness;

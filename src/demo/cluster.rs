@@ -1,0 +1,421 @@
+//! A whole cluster: starts it, waits for states, breaks it, ends it without leaving anything behind.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::DemoError;
+use super::etcd::Etcd;
+use super::member::{Common, Member, Owner};
+use super::sql::{self, Login, Session};
+use super::writer::{Address, Ids, Writer};
+use super::{ports, processes};
+use crate::client::Client;
+
+/// Between two looks at the agents' answers while a state is waited for: they tell no strangers of changes.
+const LOOK: Duration = Duration::from_millis(50);
+/// An agent asked to stop hands over and stops PostgreSQL; more is a fault of its own.
+const ORDERLY_STOP: Duration = Duration::from_secs(40);
+/// SIGKILL takes effect at once, except in uninterruptible sleep.
+const KILL: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub members: usize,
+    pub etcd: usize,
+    /// The program under test; `None`: this one.
+    pub binary: Option<PathBuf>,
+    /// Where base directories are made; `None`: the system's directory for temporary files.
+    pub parent: Option<PathBuf>,
+    pub durability: String,
+    /// Lines of [lease]; empty: defaults.
+    pub lease: String,
+    /// Lines of [postgresql.parameters].
+    pub parameters: String,
+    pub log_level: String,
+    /// Keep files and logs after the end; a cluster that failed keeps them anyway.
+    pub keep: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            members: 3,
+            etcd: 3,
+            binary: None,
+            parent: None,
+            durability: "sync".to_owned(),
+            lease: String::new(),
+            // Three servers on one small machine; nothing that changes what is shown.
+            parameters: "shared_buffers = \"32MB\"\nmax_connections = 50".to_owned(),
+            log_level: "info".to_owned(),
+            keep: false,
+        }
+    }
+}
+
+pub struct Cluster {
+    pub name: String,
+    pub base: PathBuf,
+    pub members: Vec<Member>,
+    pub etcd: Etcd,
+    /// Rows of all writers have ids from here.
+    pub ids: Ids,
+    pub started: Instant,
+    binary: PathBuf,
+    keep: bool,
+    ended: bool,
+}
+
+/// What one agent answers to `GET /primary`: a verdict and the node's document.
+#[derive(Clone, Debug, Default)]
+pub struct Look {
+    /// HTTP status; `None`: no answer.
+    pub primary: Option<u16>,
+    pub node: Value,
+}
+
+impl Look {
+    pub fn is_primary(&self) -> bool {
+        self.primary == Some(200)
+    }
+
+    pub fn is_streaming(&self) -> bool {
+        self.text("role") != "primary" && self.text("replication_state") == "streaming"
+    }
+
+    pub fn text(&self, key: &str) -> &str {
+        self.node.get(key).and_then(Value::as_str).unwrap_or_default()
+    }
+
+    pub fn timeline(&self) -> Option<u64> {
+        self.node.get("timeline").and_then(Value::as_u64)
+    }
+}
+
+impl Cluster {
+    /// Starts all processes; `ready` waits for what becomes of them.
+    pub async fn start(options: Options) -> Result<Cluster, DemoError> {
+        let started = Instant::now();
+        let binary = match options.binary {
+            Some(binary) => binary,
+            None => std::env::current_exe().map_err(|error| DemoError::failed("find this program", error))?,
+        };
+        let owner = Owner::find()?;
+        let (name, base) = base_directory(options.parent.as_deref())?;
+        let etcd = match Etcd::start(&base, options.etcd) {
+            Ok(etcd) => etcd,
+            Err(error) => {
+                let _ = std::fs::remove_dir_all(&base);
+                return Err(error);
+            }
+        };
+        let mut free = ports::free(2 * options.members)?.into_iter();
+        let names = ('a'..='z').map(|letter| format!("node-{letter}"));
+        let members: Vec<Member> = names
+            .take(options.members)
+            .filter_map(|name| Some(Member::new(&base, &name, free.next()?, free.next()?)))
+            .collect();
+        // From here on the cluster's drop cleans up, whatever fails.
+        let mut cluster = Cluster {
+            name,
+            base,
+            members,
+            etcd,
+            ids: Ids::default(),
+            started,
+            binary,
+            keep: options.keep,
+            ended: false,
+        };
+        let common = Common {
+            cluster: cluster.name.clone(),
+            etcd: cluster.etcd.endpoints(),
+            members: cluster.members.iter().map(|m| (m.name.clone(), m.port, m.api_port)).collect(),
+            durability: options.durability,
+            lease: options.lease,
+            parameters: options.parameters,
+            log_level: options.log_level,
+        };
+        for index in 0..cluster.members.len() {
+            cluster.members[index].write_files(&owner, &common)?;
+            cluster.start_agent(index)?;
+        }
+        Ok(cluster)
+    }
+
+    // === Looking ===
+
+    pub fn index(&self, member: &str) -> Option<usize> {
+        self.members.iter().position(|m| m.name == member)
+    }
+
+    pub fn urls(&self) -> Vec<String> {
+        self.members.iter().map(Member::url).collect()
+    }
+
+    pub fn client(&self) -> Client {
+        Client::of(self.urls())
+    }
+
+    /// All agents' answers, in the members' order.
+    pub async fn look(&self) -> Vec<Look> {
+        let client = self.client();
+        let urls = self.urls();
+        let looks = urls.iter().map(async |url| match client.look(url, "/primary", Duration::from_secs(1)).await {
+            Some((status, node)) => Look { primary: Some(status), node },
+            None => Look::default(),
+        });
+        futures_util::future::join_all(looks).await
+    }
+
+    /// The member whose agent says that it is writable under a valid lease.
+    pub async fn primary(&self) -> Option<usize> {
+        self.look().await.iter().position(Look::is_primary)
+    }
+
+    /// Waits until `reached` is true of the agents' answers.
+    pub async fn wait_for(
+        &self,
+        what: &str,
+        within: Duration,
+        reached: impl Fn(&[Look]) -> bool,
+    ) -> Result<Vec<Look>, DemoError> {
+        let begun = Instant::now();
+        loop {
+            let looks = self.look().await;
+            if reached(&looks) {
+                return Ok(looks);
+            }
+            if begun.elapsed() > within {
+                return Err(self.timed_out(what, within, &looks));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// One primary, and every other member streams from it.
+    pub async fn healthy(&self, within: Duration) -> Result<usize, DemoError> {
+        let looks = self.wait_for("one primary and every other member streaming", within, is_healthy).await?;
+        looks.iter().position(Look::is_primary).ok_or_else(|| DemoError::failed("find the primary", "it is gone again"))
+    }
+
+    fn timed_out(&self, what: &str, within: Duration, looks: &[Look]) -> DemoError {
+        let words: Vec<String> = self
+            .members
+            .iter()
+            .zip(looks)
+            .map(|(member, look)| match look.primary {
+                None => format!("{}: no answer", member.name),
+                Some(_) => {
+                    format!("{}: {} {}, {}", member.name, look.text("role"), look.text("state"), look.text("reason"))
+                }
+            })
+            .collect();
+        DemoError::TimedOut { what: what.to_owned(), within, last: words.join("; "), logs: self.base.clone() }
+    }
+
+    // === Clients ===
+
+    /// From start to a cluster with all members streaming and a table to write to.
+    pub async fn ready(&self, within: Duration) -> Result<Duration, DemoError> {
+        let primary = self.healthy(within).await?;
+        self.make_database(primary).await?;
+        Ok(self.started.elapsed())
+    }
+
+    async fn make_database(&self, primary: usize) -> Result<(), DemoError> {
+        let what = "make the writers' database";
+        let run = async |login: Login, statements: &[&str]| -> Result<(), DemoError> {
+            let session = self.connect(primary, &login).await?;
+            for statement in statements {
+                session.batch_execute(statement).await.map_err(|e| DemoError::failed(what, sql::sentence(&e)))?;
+            }
+            Ok(())
+        };
+        run(Login::superuser(), &["CREATE ROLE app LOGIN PASSWORD 'app'", "CREATE DATABASE app OWNER app"]).await?;
+        let table = "CREATE TABLE writes (id bigint PRIMARY KEY, client int NOT NULL, \
+                     at timestamptz NOT NULL DEFAULT clock_timestamp())";
+        run(Login::app(), &[table]).await
+    }
+
+    pub async fn connect(&self, member: usize, login: &Login) -> Result<Session, DemoError> {
+        let member = &self.members[member];
+        sql::connect(member.port, login, Duration::from_secs(5))
+            .await
+            .map_err(|why| DemoError::failed(format!("connect to PostgreSQL of {}", member.name), why))
+    }
+
+    pub fn addresses(&self) -> Vec<Address> {
+        self.members.iter().map(|m| Address { member: m.name.clone(), port: m.port }).collect()
+    }
+
+    pub fn writer(&self, clients: usize) -> Writer {
+        Writer::start(self.addresses(), &Login::app(), &self.ids, clients)
+    }
+
+    pub fn pinned_writer(&self) -> Writer {
+        Writer::pinned(self.addresses(), &Login::app(), &self.ids)
+    }
+
+    // === Breaking ===
+
+    /// SIGKILL to the postmaster alone; its children outlive it for a moment.
+    pub fn kill_postmaster(&self, member: usize) -> Result<Instant, DemoError> {
+        let name = &self.members[member].name;
+        let pid = self.members[member]
+            .postmaster()
+            .ok_or_else(|| DemoError::failed(format!("kill PostgreSQL of {name}"), "it does not run"))?;
+        let at = Instant::now();
+        processes::send(pid, Signal::SIGKILL);
+        Ok(at)
+    }
+
+    pub fn kill_agent(&self, member: usize) -> Instant {
+        let at = Instant::now();
+        self.members[member].signal_agent(Signal::SIGKILL);
+        at
+    }
+
+    /// SIGSTOP: the agent lives and does nothing.
+    pub fn stop_agent(&self, member: usize) -> Instant {
+        let at = Instant::now();
+        self.members[member].signal_agent(Signal::SIGSTOP);
+        at
+    }
+
+    pub fn continue_agent(&self, member: usize) {
+        self.members[member].signal_agent(Signal::SIGCONT);
+    }
+
+    /// Agent, guardian and every process of PostgreSQL at once, as if the power of this member went away while its
+    /// kernel still answers.
+    pub fn kill_member(&self, member: usize) -> Instant {
+        let all = self.members[member].processes();
+        let at = Instant::now();
+        for pid in all {
+            processes::send(pid, Signal::SIGKILL);
+        }
+        at
+    }
+
+    /// Starts the agent again, as systemd would.
+    pub fn start_agent(&mut self, member: usize) -> Result<(), DemoError> {
+        self.members[member].start_agent(&self.binary)
+    }
+
+    /// SIGTERM, and waits for the agent's orderly end.
+    pub async fn stop_member(&mut self, member: usize) -> Result<(), DemoError> {
+        let (name, log) = (self.members[member].name.clone(), self.members[member].agent_log());
+        let Some(agent) = self.members[member].agent() else { return Ok(()) };
+        agent.signal(Signal::SIGTERM);
+        if agent.wait(ORDERLY_STOP).await {
+            return Ok(());
+        }
+        Err(DemoError::TimedOut {
+            what: format!("stop {name}"),
+            within: ORDERLY_STOP,
+            last: "still running".to_owned(),
+            logs: log,
+        })
+    }
+
+    /// Agents that ended although nobody asked them to are started again, as systemd would; says which.
+    pub fn supervise(&mut self) -> Vec<String> {
+        let mut events = Vec::new();
+        for index in 0..self.members.len() {
+            if let Some(how) = self.members[index].agent_ended() {
+                events.push(format!("agent of {} ended ({how})", self.members[index].name));
+            }
+        }
+        events
+    }
+
+    // === Ending ===
+
+    /// Files and logs stay; to be called when something failed.
+    pub fn keep_files(&mut self) {
+        self.keep = true;
+    }
+
+    /// Ends everything in order; returns what was left to be killed (0 is right), and where the logs are if they are kept.
+    pub async fn shutdown(mut self) -> (usize, Option<PathBuf>) {
+        for member in &self.members {
+            member.signal_agent(Signal::SIGCONT);
+            member.signal_agent(Signal::SIGTERM);
+        }
+        let begun = Instant::now();
+        for member in &mut self.members {
+            if let Some(agent) = member.agent() {
+                agent.wait(ORDERLY_STOP.saturating_sub(begun.elapsed())).await;
+            }
+        }
+        // A guardian that has nothing to guard any more ends by itself.
+        let mut left = 0;
+        for member in &self.members {
+            if !processes::gone(&member.directory, Duration::from_secs(2)).await {
+                left += processes::under(&member.directory).len();
+                processes::kill_under(&member.directory, KILL).await;
+            }
+        }
+        self.etcd.stop().await;
+        processes::kill_under(&self.base, KILL).await;
+        (left, self.remove())
+    }
+
+    fn remove(&mut self) -> Option<PathBuf> {
+        self.ended = true;
+        for member in &self.members {
+            processes::remove_control_group(&format!("pgvigil-{}-{}", self.name, member.name));
+        }
+        if self.keep {
+            return Some(self.base.clone());
+        }
+        let _ = std::fs::remove_dir_all(&self.base);
+        None
+    }
+}
+
+impl Drop for Cluster {
+    /// The way out of a panic or an early return: no orderly stop, but nothing stays, except the logs of what failed.
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        let begun = Instant::now();
+        while processes::kill_once(&self.base) > 0 && begun.elapsed() < KILL {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        if std::thread::panicking() {
+            self.keep = true;
+            eprintln!("logs of the failed cluster are in {}", self.base.display());
+        }
+        self.remove();
+    }
+}
+
+/// One primary, and every other member streams.
+pub fn is_healthy(looks: &[Look]) -> bool {
+    let primaries = looks.iter().filter(|look| look.is_primary()).count();
+    let streaming = looks.iter().filter(|look| look.is_streaming()).count();
+    primaries == 1 && primaries + streaming == looks.len()
+}
+
+/// A fresh directory and a name that no other cluster on this machine has: control groups are named after it.
+fn base_directory(parent: Option<&Path>) -> Result<(String, PathBuf), DemoError> {
+    let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
+    let mut bytes = [0_u8; 4];
+    getrandom::fill(&mut bytes).map_err(|error| DemoError::failed("choose a name", error))?;
+    let name = format!("demo-{:08x}", u32::from_le_bytes(bytes));
+    let base = parent.join(format!("pgvigil-{name}"));
+    let made = std::fs::create_dir(&base).and_then(|()| {
+        // PostgreSQL's user has to get through.
+        std::fs::set_permissions(&base, std::fs::Permissions::from_mode(0o755))?;
+        std::fs::canonicalize(&base)
+    });
+    let base = made.map_err(|error| DemoError::failed(format!("make {}", base.display()), error))?;
+    Ok((name, base))
+}

@@ -1,0 +1,209 @@
+//! One member of a demo cluster: its directories, its configuration file, its agent.
+
+use std::fmt::Write;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+
+use nix::sys::signal::Signal;
+
+use super::DemoError;
+use super::ports::Port;
+use super::processes::{self, Process};
+
+pub struct Member {
+    pub name: String,
+    pub directory: PathBuf,
+    pub port: u16,
+    pub api_port: u16,
+    _ports: [Port; 2],
+    agent: Option<Process>,
+}
+
+/// The passwords of a cluster that lives on loopback for minutes.
+pub const SUPERUSER_PASSWORD: &str = "demo-superuser";
+const INTERNAL_PASSWORD: &str = "demo-internal";
+
+/// PostgreSQL's user when we are root; else everything is ours.
+pub struct Owner {
+    pub name: String,
+    ids: Option<(u32, u32)>,
+}
+
+impl Owner {
+    pub fn find() -> Result<Owner, DemoError> {
+        if !nix::unistd::geteuid().is_root() {
+            let name = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.name);
+            return Ok(Owner { name: name.unwrap_or_else(|| "postgres".to_owned()), ids: None });
+        }
+        match nix::unistd::User::from_name("postgres") {
+            Ok(Some(user)) => Ok(Owner { name: user.name, ids: Some((user.uid.as_raw(), user.gid.as_raw())) }),
+            Ok(None) | Err(_) => Err(DemoError::Missing {
+                what: "the user `postgres`".to_owned(),
+                remedy: "install PostgreSQL (Debian: `apt-get install postgresql`), or run as an ordinary user"
+                    .to_owned(),
+            }),
+        }
+    }
+
+    fn make(&self, directory: &Path, mode: u32) -> Result<(), DemoError> {
+        let what = || format!("make {}", directory.display());
+        fs::create_dir_all(directory).map_err(|error| DemoError::failed(what(), error))?;
+        if let Some((uid, gid)) = self.ids {
+            chown(directory, Some(uid), Some(gid)).map_err(|error| DemoError::failed(what(), error))?;
+        }
+        fs::set_permissions(directory, fs::Permissions::from_mode(mode))
+            .map_err(|error| DemoError::failed(what(), error))
+    }
+}
+
+/// What all members' files have in common.
+pub struct Common {
+    pub cluster: String,
+    pub etcd: Vec<String>,
+    /// name, PostgreSQL's port, agent's port
+    pub members: Vec<(String, u16, u16)>,
+    pub durability: String,
+    /// `ttl = "8s"` and the like, for [lease].
+    pub lease: String,
+    /// Lines of [postgresql.parameters].
+    pub parameters: String,
+    pub log_level: String,
+}
+
+impl Member {
+    pub fn new(base: &Path, name: &str, port: Port, api_port: Port) -> Member {
+        let (number, api_number) = (port.number, api_port.number);
+        let directory = base.join(name);
+        Member {
+            name: name.to_owned(),
+            directory,
+            port: number,
+            api_port: api_number,
+            _ports: [port, api_port],
+            agent: None,
+        }
+    }
+
+    pub fn data_dir(&self) -> PathBuf {
+        self.directory.join("pg/data")
+    }
+
+    pub fn agent_log(&self) -> PathBuf {
+        self.directory.join("agent.log")
+    }
+
+    pub fn config_file(&self) -> PathBuf {
+        self.directory.join("pgvigil.toml")
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.api_port)
+    }
+
+    pub fn write_files(&self, owner: &Owner, common: &Common) -> Result<(), DemoError> {
+        let make = |path: &Path| {
+            fs::create_dir_all(path).map_err(|e| DemoError::failed(format!("make {}", path.display()), e))
+        };
+        make(&self.directory)?;
+        make(&self.directory.join("state"))?;
+        // The parent of the data directory and the socket's belong to PostgreSQL: data are renamed and made there.
+        owner.make(&self.directory.join("pg"), 0o755)?;
+        owner.make(&self.directory.join("run"), 0o755)?;
+        self.write("superuser.password", SUPERUSER_PASSWORD)?;
+        self.write("internal.password", INTERNAL_PASSWORD)?;
+        self.write("pgvigil.toml", &self.toml(owner, common))
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<(), DemoError> {
+        let path = self.directory.join(name);
+        let written =
+            fs::write(&path, text).and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o600)));
+        written.map_err(|error| DemoError::failed(format!("write {}", path.display()), error))
+    }
+
+    fn toml(&self, owner: &Owner, common: &Common) -> String {
+        let at = |name: &str| format!("{:?}", self.directory.join(name));
+        let mut text = format!(
+            "cluster = {:?}\nname = {:?}\nstate_dir = {}\ndurability = {:?}\n",
+            common.cluster,
+            self.name,
+            at("state"),
+            common.durability
+        );
+        for (name, port, api_port) in &common.members {
+            // Writing to a String cannot fail.
+            let _ = write!(
+                text,
+                "\n[[members]]\nname = {name:?}\nhost = \"127.0.0.1\"\nport = {port}\napi_port = {api_port}\n"
+            );
+        }
+        let _ = write!(
+            text,
+            "\n[etcd]\nendpoints = {:?}\n\n[lease]\n{}\n\n[postgresql]\ndata_dir = {}\nos_user = {:?}\nlisten = \"127.0.0.1\"\n\
+             socket_dir = {}\nsuperuser_password_file = {}\ninternal_password_file = {}\n\
+             hba = [\"host all all 127.0.0.1/32 scram-sha-256\"]\n\n[postgresql.parameters]\n{}\n\n[api]\n\
+             listen = \"127.0.0.1:{}\"\n\n[log]\nlevel = {:?}\n",
+            common.etcd,
+            common.lease,
+            at("pg/data"),
+            owner.name,
+            at("run"),
+            at("superuser.password"),
+            at("internal.password"),
+            common.parameters,
+            self.api_port,
+            common.log_level,
+        );
+        text
+    }
+
+    // === The agent ===
+
+    pub fn start_agent(&mut self, binary: &Path) -> Result<(), DemoError> {
+        if self.agent.as_mut().is_some_and(|agent| agent.ended().is_none()) {
+            return Ok(());
+        }
+        let arguments = ["agent".into(), "--config".into(), self.config_file().into()];
+        let name = format!("agent {}", self.name);
+        self.agent = Some(Process::spawn(&name, binary, &arguments, &[], &self.directory, &self.agent_log())?);
+        Ok(())
+    }
+
+    pub fn agent(&mut self) -> Option<&mut Process> {
+        self.agent.as_mut()
+    }
+
+    pub fn agent_pid(&self) -> Option<i32> {
+        self.agent.as_ref().and_then(Process::pid)
+    }
+
+    /// How the agent ended, when it did by itself.
+    pub fn agent_ended(&mut self) -> Option<String> {
+        self.agent.as_mut().and_then(Process::ended)
+    }
+
+    pub fn signal_agent(&self, signal: Signal) {
+        if let Some(agent) = &self.agent {
+            agent.signal(signal);
+        }
+    }
+
+    pub fn postmaster(&self) -> Option<i32> {
+        processes::postmaster(&self.data_dir())
+    }
+
+    /// Every process of this member: agent, guardian, PostgreSQL.
+    pub fn processes(&self) -> Vec<i32> {
+        processes::under(&self.directory)
+    }
+
+    /// The agent's last lines that a person should read.
+    pub fn complaints(&self, most: usize) -> Vec<String> {
+        let text = fs::read_to_string(self.agent_log()).unwrap_or_default();
+        let serious = |line: &&str| line.contains("ERROR") || line.contains("WARN") || line.contains("panicked");
+        let mut lines: Vec<String> = text.lines().rev().filter(serious).take(most).map(str::to_owned).collect();
+        lines.reverse();
+        lines
+    }
+}
