@@ -1,1 +1,3 @@
 //! One binary for everything that needs no cluster: contracts, edges, golden files, layers.
+
+mod guardian;
