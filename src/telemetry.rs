@@ -7,7 +7,9 @@ use tracing_subscriber::EnvFilter;
 use crate::config::LogConfig;
 
 #[derive(Debug, thiserror::Error)]
-#[error("log.level = `{level}` is not a filter ({why}); write error, warn, info, debug or trace, or a list like `info,pgvigil::agent=debug`")]
+#[error(
+    "log.level = `{level}` is not a filter ({why}); write error, warn, info, debug or trace, or a list like `info,pgvigil::agent=debug`"
+)]
 pub struct InvalidLevel {
     level: String,
     why: String,

@@ -7,6 +7,7 @@ mod cli;
 mod config;
 mod dcs_contract;
 mod decide;
+mod guardian;
 mod layers;
 mod support;
 mod toy;
