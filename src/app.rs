@@ -12,13 +12,13 @@ use tracing::{info, warn};
 
 use crate::agent::execute::World;
 use crate::agent::lease_keeper::LeaseKeeper;
-use crate::agent::run::{Agent, Asked, End, Wanted};
+use crate::agent::run::{Agent, Asked, End, NotTaken, Taken, Wanted};
 use crate::agent::state_file::StateFile;
 use crate::agent::status::Status;
-use crate::api::{self, Api};
+use crate::api::{self, Accepted, Api, Refusal};
 use crate::config::Config;
 use crate::core::view::Me;
-use crate::dcs::EtcdDcs;
+use crate::dcs::etcd::EtcdDcs;
 use crate::fencing::{GuardianFence, GuardianOptions, SystemClock};
 use crate::ports::{Clock, Dcs, Fence, Postgres};
 use crate::postgres::LocalServer;
@@ -42,7 +42,10 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 
 async fn run_agent(config: Config) -> anyhow::Result<()> {
     let listener = TcpListener::bind(config.api.listen).await.with_context(|| {
-        format!("listen on {} (api.listen): is another agent running, or another program using the port?", config.api.listen)
+        format!(
+            "listen on {} (api.listen): is another agent running, or another program using the port?",
+            config.api.listen
+        )
     })?;
     let state = StateFile::open(&config.state_dir, &config.cluster, &config.name)?;
     let me = me(&config, &state)?;
@@ -52,7 +55,8 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     let options = GuardianOptions::new(&config.guardian, &config.cluster, &config.name, config.policy.timings.ttl);
     let fence = Arc::new(GuardianFence::new(options));
     fence.attach().await.context("attach to the guardian")?;
-    let keeper = LeaseKeeper::start(dcs.clone(), clock.clone(), config.policy.timings).context("start the lease keeper")?;
+    let keeper =
+        LeaseKeeper::start(dcs.clone(), clock.clone(), config.policy.timings).context("start the lease keeper")?;
     keeper.use_page(fence.page());
     info!(
         member = %config.name,
@@ -63,7 +67,14 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         "agent started"
     );
 
-    let world = World { dcs, postgres, fence, clock: clock.clone(), keeper: Arc::new(keeper), state: Arc::new(Mutex::new(state)) };
+    let world = World {
+        dcs,
+        postgres,
+        fence: fence.clone(),
+        clock: clock.clone(),
+        keeper: Arc::new(keeper),
+        state: Arc::new(Mutex::new(state)),
+    };
     let (status_tx, status) = watch::channel(None);
     let (asked_tx, asked) = mpsc::channel(16);
     let (wanted_tx, wanted) = watch::channel(Wanted::Run);
@@ -139,13 +150,22 @@ fn start_api(
                 return;
             }
             tokio::spawn(async move {
-                let said = answer.await.unwrap_or_else(|_| Err("the agent is ending".to_owned()));
-                request.answer.give(said);
+                let said = match answer.await {
+                    Ok(Ok(Taken::New)) => Ok(Accepted::New),
+                    Ok(Ok(Taken::Known)) => Ok(Accepted::Known),
+                    Ok(Err(NotTaken::IdInUse)) => Err(Refusal::IdTaken),
+                    Ok(Err(NotTaken::NothingWritten(why))) => Err(Refusal::Unavailable(why)),
+                    Ok(Err(NotTaken::Unknown(why))) => Err(Refusal::Unknown(why)),
+                    Err(_) => Err(Refusal::Unavailable("the agent is ending".to_owned())),
+                };
+                // Whoever asked may have gone away; the request stands all the same.
+                let _ = request.answer.send(said);
             });
         }
     });
     let listener = listener.into_std().context("hand the listener to the API")?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the API's runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the API's runtime")?;
     std::thread::Builder::new()
         .name("api".to_owned())
         .spawn(move || {
@@ -161,7 +181,8 @@ fn start_api(
 
 /// SIGTERM and SIGINT stop orderly; SIGUSR1 ends the agent and leaves PostgreSQL under the guardian.
 async fn signals(wanted: watch::Sender<Wanted>) {
-    let streams = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::user_defined1()));
+    let streams =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::user_defined1()));
     let (Ok(mut terminate), Ok(mut interrupt), Ok(mut user1)) = streams else {
         warn!("signals cannot be listened for: stop the agent through its API only");
         return;

@@ -36,7 +36,22 @@ pub struct Asked {
     pub what: Operation,
     pub asked_by: String,
     pub timeout: Duration,
-    pub answer: tokio::sync::oneshot::Sender<Result<String, String>>,
+    pub answer: tokio::sync::oneshot::Sender<Result<Taken, NotTaken>>,
+}
+
+/// The request stands in the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    New,
+    Known,
+}
+
+/// Why it does not, as far as is known (S11).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotTaken {
+    IdInUse,
+    NothingWritten(String),
+    Unknown(String),
 }
 
 /// How the loop ends.
@@ -366,12 +381,12 @@ impl Agent {
         let _ = asked.answer.send(answer);
     }
 
-    async fn write_request(&mut self, asked: &Asked, view: &View) -> Result<String, String> {
+    async fn write_request(&mut self, asked: &Asked, view: &View) -> Result<Taken, NotTaken> {
         let Some(records) = view.store.records() else {
-            return Err("the store cannot be read now; nothing was asked for".to_owned());
+            return Err(NotTaken::NothingWritten("the store cannot be read now".to_owned()));
         };
-        if records.requests.contains_key(&asked.id) {
-            return Ok(asked.id.clone());
+        if let Some(known) = records.requests.get(&asked.id) {
+            return if known.value.what == asked.what { Ok(Taken::Known) } else { Err(NotTaken::IdInUse) };
         }
         // Asked for while nobody leads: any later leader has fulfilled it.
         let began = records.leader().filter(|l| l.state != LeaderState::Held).map(|l| l.term);
@@ -386,8 +401,11 @@ impl Agent {
         };
         let transaction = Transaction::when(Key::Request(asked.id.clone()), 0).put(Write::Request(request));
         match self.world.dcs.commit(&transaction, STORE_DEADLINE).await {
-            Ok(_) | Err(DcsError::Conflict { .. }) => Ok(asked.id.clone()),
-            Err(error) => Err(error.to_string()),
+            Ok(_) => Ok(Taken::New),
+            // Somebody wrote the same id since we read; the next round shows what.
+            Err(DcsError::Conflict { .. }) => Ok(Taken::Known),
+            Err(error @ DcsError::Timeout { .. }) => Err(NotTaken::Unknown(error.to_string())),
+            Err(error) => Err(NotTaken::NothingWritten(error.to_string())),
         }
     }
 }

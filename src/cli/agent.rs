@@ -4,6 +4,6 @@ use super::{Exit, Failure, Global};
 use crate::config::Config;
 
 pub fn run(global: &Global) -> Result<Exit, Failure> {
-    let _config = Config::load(&global.config_path())?;
-    Err(Failure::failed("this build has no agent yet", ""))
+    let config = Config::load(&global.config_path())?;
+    crate::app::run(config).map(|()| Exit::Ok).map_err(|error| Failure::failed(format!("{error:#}"), ""))
 }

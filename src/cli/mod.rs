@@ -84,12 +84,6 @@ enum Command {
     Completions(completions::Arguments),
 }
 
-/// What `pgvigil guardian …` runs. Called before anything else in `main`.
-pub fn guardian(_arguments: impl Iterator<Item = OsString>) -> ExitCode {
-    eprintln!("pgvigil: this build has no guardian");
-    ExitCode::from(Exit::Failed as u8)
-}
-
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

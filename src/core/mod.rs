@@ -7,6 +7,7 @@
 
 pub mod decide;
 pub mod election;
+pub mod health;
 pub mod lease;
 pub mod lint;
 pub mod lsn;
@@ -17,6 +18,8 @@ pub mod publish;
 pub mod records;
 pub mod rules;
 pub mod sync_set;
+#[doc(hidden)]
+pub mod testing;
 pub mod time;
 pub mod timeline;
 pub mod view;

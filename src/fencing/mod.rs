@@ -1,1 +1,8 @@
-//! (to be written)
+//! What keeps a member from acting when it must not: the guardian's client, and the clocks that deadlines are read on.
+
+mod by_hand;
+pub mod clock;
+pub mod guardian;
+
+pub use clock::SystemClock;
+pub use guardian::{GuardianFence, GuardianOptions};

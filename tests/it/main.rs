@@ -2,8 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that panics has done its job")]
 
+mod api;
 mod cli;
 mod config;
+mod dcs_contract;
 mod decide;
+mod guardian;
 mod layers;
+mod support;
 mod toy;

@@ -296,8 +296,8 @@ fn widen(value: &mut Value, field: Option<&str>) -> usize {
 #[test]
 fn unknown_fields_are_kept_and_our_own_are_not_mixed_with_old_ones() {
     let stored = json!({"v": 1, "term": 5, "seq": 41, "lsn": "0/1", "added_later": {"a": [1]}});
-    let found = Found { name: b"lease", revision: 5, value: stored.to_string().as_bytes() }.value.to_vec();
-    let (_, mut known) = decode(9, 100, [Found { name: b"lease", revision: 5, value: &found }]);
+    let stored = stored.to_string();
+    let (_, mut known) = decode(9, 100, [Found { name: b"lease", revision: 5, value: stored.as_bytes() }]);
     let write = Write::Lease(LeaseRecord { term: Term(5), seq: 42, lsn: None });
     let (_, written) = prepared(write.clone(), &known);
     assert_eq!(written, json!({"v": 1, "term": 5, "seq": 42, "lsn": null, "added_later": {"a": [1]}}));
@@ -373,8 +373,8 @@ fn refuses_what_etcd_would_refuse_or_could_be_mistaken() {
     };
     check(Transaction::default().put(lease()).put(Write::Delete(Key::Lease)), "lease is written twice");
     check(Transaction::when(Key::Request("../leader".to_owned()), 0), "`../leader` is not an id of a request");
-    let mut many = Transaction::default();
-    many.write = (1..=129).map(|n| Write::Delete(Key::History(Term(n)))).collect();
+    let many = (1..=129).map(|n| Write::Delete(Key::History(Term(n))));
+    let many = Transaction { write: many.collect(), ..Transaction::default() };
     check(many, "129 writes");
     let Write::Request(mut request) = golden().into_iter().find(|g| g.1 == "requests/r-1").unwrap().0 else { panic!() };
     request.asked_by = "x".repeat(MAX_VALUE);
