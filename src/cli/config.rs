@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Exit, Failure, Global, say};
+use super::{Exit, Failure, say};
 use crate::config::Config;
 
 /// An etcd member that does not take a connection within this would be passed over by the agent as well.
@@ -16,10 +16,17 @@ const CONNECT: Duration = Duration::from_secs(2);
 #[derive(clap::Subcommand)]
 pub enum Command {
     /// Read a file as the agent does, then look at directories, programs, ports and etcd; changes nothing
-    Check {
-        /// Default: --config
-        file: Option<PathBuf>,
-    },
+    Check(Arguments),
+}
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Default: /etc/pgvigil/pgvigil.toml
+    #[arg(env = "PGVIGIL_CONFIG")]
+    file: Option<PathBuf>,
+    /// Answer in JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Serialize)]
@@ -30,13 +37,13 @@ struct Finding {
     found: String,
 }
 
-pub fn run(global: &Global, command: &Command) -> Result<Exit, Failure> {
-    let Command::Check { file } = command;
-    let path = file.clone().unwrap_or_else(|| global.config_path());
+pub fn run(command: &Command) -> Result<Exit, Failure> {
+    let Command::Check(arguments) = command;
+    let path = super::config_path(arguments.file.as_ref());
     let config = Config::load(&path)?;
     let findings = look(&config);
     let ok = findings.iter().all(|f| f.ok);
-    if global.json {
+    if arguments.json {
         let body = serde_json::json!({ "file": path, "ok": ok, "checks": findings });
         say(format_args!("{body:#}\n"));
     } else {

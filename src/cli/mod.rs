@@ -10,7 +10,6 @@ mod explain;
 mod operation;
 mod status;
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -37,44 +36,52 @@ member is tried until one answers.";
 #[derive(Parser)]
 #[command(name = "pgvigil", version, about = "High availability for PostgreSQL", after_help = AFTER_HELP)]
 struct Cli {
-    #[command(flatten)]
-    global: Global,
     #[command(subcommand)]
     command: Command,
 }
 
+/// Of every command that asks something. Not clap's `global`: `demo --json` takes a file.
 #[derive(Args, Clone, Debug)]
 pub struct Global {
     /// Configuration file (default: /etc/pgvigil/pgvigil.toml)
-    #[arg(long, short, global = true, env = "PGVIGIL_CONFIG", value_name = "FILE")]
+    #[arg(long, short, env = "PGVIGIL_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Agent to ask, e.g. http://10.0.0.1:8008; several with commas between
-    #[arg(long, global = true, env = "PGVIGIL_URL", value_name = "URL", value_delimiter = ',')]
+    #[arg(long, env = "PGVIGIL_URL", value_name = "URL", value_delimiter = ',')]
     pub url: Vec<String>,
     /// File with the token for requests that change something (or PGVIGIL_API_TOKEN)
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
     /// Answer in JSON
-    #[arg(long, global = true)]
+    #[arg(long)]
     pub json: bool,
+}
+
+/// A command's own arguments with the shared ones.
+#[derive(Args)]
+struct Asking<A: Args> {
+    #[command(flatten)]
+    own: A,
+    #[command(flatten)]
+    global: Global,
 }
 
 #[derive(Subcommand)]
 enum Command {
     /// Run the agent of one member, beside its PostgreSQL
-    Agent,
+    Agent(agent::Arguments),
     /// Show members, roles, lag and what each of them waits for
-    Status(status::Arguments),
+    Status(Asking<status::Arguments>),
     /// Hand the leadership over, without losing or failing a transaction
-    Switchover(operation::Switchover),
+    Switchover(Asking<operation::Switchover>),
     /// Elect a new leader although the present one is not there
-    Failover(operation::Failover),
+    Failover(Asking<operation::Failover>),
     /// Restart PostgreSQL of one member
-    Restart(operation::Restart),
+    Restart(Asking<operation::Restart>),
     /// Set the data of a standby aside and clone it again
-    Reinit(operation::Reinit),
+    Reinit(Asking<operation::Reinit>),
     /// Say what the cluster would do now, and why
-    Explain(explain::Arguments),
+    Explain(Asking<explain::Arguments>),
     /// Look at a configuration file
     #[command(subcommand)]
     Config(config::Command),
@@ -93,32 +100,52 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { Exit::Usage as u8 } else { Exit::Ok as u8 });
         }
     };
-    let json = cli.global.json;
-    match run(cli) {
+    let json = cli.command.json();
+    match run(&cli.command) {
         Ok(exit) => ExitCode::from(exit as u8),
         Err(failure) => failure.report(json),
     }
 }
 
-fn run(cli: Cli) -> Result<Exit, Failure> {
-    let global = cli.global;
-    match cli.command {
-        Command::Agent => agent::run(&global),
-        Command::Status(arguments) => status::run(&global, &arguments),
-        Command::Switchover(arguments) => operation::run(&global, &arguments.order()),
-        Command::Failover(arguments) => operation::run(&global, &arguments.order()?),
-        Command::Restart(arguments) => operation::run(&global, &arguments.order(&global)?),
-        Command::Reinit(arguments) => operation::run(&global, &arguments.order()?),
-        Command::Explain(arguments) => explain::run(&global, &arguments),
-        Command::Config(command) => config::run(&global, &command),
-        Command::Demo(arguments) => demo::run(&global, &arguments),
-        Command::Completions(arguments) => completions::run(&arguments),
+fn run(command: &Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Agent(arguments) => agent::run(arguments),
+        Command::Status(asked) => status::run(&asked.global, &asked.own),
+        Command::Switchover(asked) => operation::run(&asked.global, &asked.own.order()),
+        Command::Failover(asked) => operation::run(&asked.global, &asked.own.order()?),
+        Command::Restart(asked) => operation::run(&asked.global, &asked.own.order(&asked.global)?),
+        Command::Reinit(asked) => operation::run(&asked.global, &asked.own.order()?),
+        Command::Explain(asked) => explain::run(&asked.global, &asked.own),
+        Command::Config(command) => config::run(command),
+        Command::Demo(arguments) => demo::run(arguments),
+        Command::Completions(arguments) => completions::run(arguments),
     }
+}
+
+impl Command {
+    /// Does this command answer in JSON, its errors too?
+    fn json(&self) -> bool {
+        match self {
+            Command::Status(asked) => asked.global.json,
+            Command::Switchover(asked) => asked.global.json,
+            Command::Failover(asked) => asked.global.json,
+            Command::Restart(asked) => asked.global.json,
+            Command::Reinit(asked) => asked.global.json,
+            Command::Explain(asked) => asked.global.json,
+            Command::Config(config::Command::Check(arguments)) => arguments.json,
+            Command::Agent(_) | Command::Demo(_) | Command::Completions(_) => false,
+        }
+    }
+}
+
+/// The named file, or where the package puts it.
+pub fn config_path(named: Option<&PathBuf>) -> PathBuf {
+    named.cloned().unwrap_or_else(|| PathBuf::from(DEFAULT_CONFIG))
 }
 
 impl Global {
     pub fn config_path(&self) -> PathBuf {
-        self.config.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_CONFIG))
+        config_path(self.config.as_ref())
     }
 }
 

@@ -50,7 +50,7 @@ impl Default for Options {
             durability: "sync".to_owned(),
             lease: String::new(),
             // Three servers on one small machine; nothing that changes what is shown.
-            parameters: "shared_buffers = \"32MB\"\nmax_connections = 50".to_owned(),
+            parameters: "shared_buffers = \"32MB\"".to_owned(),
             log_level: "info".to_owned(),
             keep: false,
         }
@@ -321,17 +321,6 @@ impl Cluster {
             last: "still running".to_owned(),
             logs: log,
         })
-    }
-
-    /// Agents that ended although nobody asked them to are started again, as systemd would; says which.
-    pub fn supervise(&mut self) -> Vec<String> {
-        let mut events = Vec::new();
-        for index in 0..self.members.len() {
-            if let Some(how) = self.members[index].agent_ended() {
-                events.push(format!("agent of {} ended ({how})", self.members[index].name));
-            }
-        }
-        events
     }
 
     // === Ending ===

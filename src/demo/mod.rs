@@ -6,11 +6,14 @@
 //! parents on purpose; nothing else on the machine is ever touched.
 
 mod cluster;
+pub mod control;
 mod error;
 mod etcd;
+pub mod live;
 mod member;
 mod ports;
 mod processes;
+pub mod scenarios;
 pub mod sql;
 pub mod writer;
 
