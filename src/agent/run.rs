@@ -336,7 +336,7 @@ impl Agent {
         let mut exit = false;
         for effect in effects {
             match effect {
-                Effect::Kept { leader_revision, .. } => self.memory.kept_revision = Some(leader_revision),
+                Effect::Kept { leader_revision } => self.memory.kept_revision = Some(leader_revision),
                 Effect::Dropped => self.memory.kept_revision = None,
                 Effect::Published { at, record } => self.memory.published = Some((at, *record)),
                 Effect::SyncWritten => self.memory.doubtful_sync = false,

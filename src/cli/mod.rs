@@ -10,7 +10,6 @@ mod explain;
 mod operation;
 mod status;
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 

@@ -303,6 +303,8 @@ pub struct Memory {
     pub releases: Option<SeenRelease>,
     /// Since when each member of the published set has not streamed, as this leader saw it.
     pub stalled: BTreeMap<MemberName, Moment>,
+    /// Standbys that streamed from here when PostgreSQL was last seen as a primary, and how far each had flushed.
+    pub streamed: BTreeMap<MemberName, (Lsn, Moment)>,
     /// Beats of the other members and when each was last seen to change.
     pub beats: BTreeMap<MemberName, (u64, Moment)>,
     /// The rule that a barrier confirmed under the present term; `None`: unknown.

@@ -139,6 +139,7 @@ fn with_request(id: &str, outcome: Option<Outcome>) -> View {
         asked_by: "test".to_owned(),
         at_unix_ms: 1,
         timeout_ms: 1_000,
+        began: None,
         outcome,
     };
     let add = |records: &mut ClusterRecords| {

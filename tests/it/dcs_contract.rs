@@ -269,6 +269,7 @@ async fn refusals_write_nothing(store: &dyn Store, cluster: &ClusterName) {
             asked_by: asked_by.to_owned(),
             at_unix_ms: 0,
             timeout_ms: 0,
+            began: None,
             outcome: None,
         })
     };

@@ -284,8 +284,6 @@ impl Toy {
             Pg::Down => GuardState::Idle { exit: m.exit.clone() },
             Pg::Standby { .. } | Pg::Primary { .. } => GuardState::Running { postmaster: 1, armed: m.armed },
         };
-        let slots = self.policy.k; // any number: the toy's slots are always right
-        let _ = slots;
         let postgres = match &m.pg {
             Pg::Down => LocalPostgres::Down,
             Pg::Standby { timeline, history, replayed, follows } => LocalPostgres::Standby(StandbyFacts {
@@ -368,6 +366,10 @@ impl Toy {
         // A view is what an incident is replayed from: it survives the way through JSON.
         let text = serde_json::to_string(&view).unwrap();
         assert_eq!(decide(&serde_json::from_str::<View>(&text).unwrap()), plan, "equal views give equal plans");
+        if std::env::var_os("TOY_TRACE").is_some() && self.members[n].last.as_ref().map(|p| &p.rule) != Some(&plan.rule)
+        {
+            eprintln!("{} {n} {}: {}", self.now.raw / 1_000_000, plan.rule, plan.reason);
+        }
         self.members.get_mut(n).unwrap().last = Some(plan.clone());
         for step in &plan.steps {
             if !self.execute(n, step) {

@@ -34,7 +34,9 @@ pub fn restart(view: &View) -> Option<Plan> {
     let request = &facts.records.requests.get(&operation.id)?.value;
     let given_up = view.memory.crashes.len() > view.policy.crash_max_restarts as usize;
     let down = matches!(view.local.postgres, LocalPostgres::Down);
-    if !matches!(request.what, Operation::Restart { .. }) || !(down || given_up) {
+    // Begun: the leader stopped PostgreSQL to restart it, and the election in place answers.
+    let begun = request.began.is_some();
+    if !matches!(request.what, Operation::Restart { .. }) || begun || !(down || given_up) {
         return None;
     }
     let message = "earlier crashes are forgotten; PostgreSQL is started by the next decision".to_owned();
