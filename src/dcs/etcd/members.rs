@@ -171,7 +171,7 @@ impl Members {
             };
             let failure = match answer {
                 Ok(value) => {
-                    self.silent_since(&turns, Instant::now() - self.config.try_timeout);
+                    self.silent_since(&turns, Instant::now().checked_sub(self.config.try_timeout).unwrap_or(begun));
                     self.preferred.store(member, Ordering::Relaxed);
                     return Ok((member, value));
                 }
