@@ -284,10 +284,10 @@ fn positions(view: &View, name: &MemberName, record: Option<&MemberRecord>) -> (
             }
         };
     }
-    let rows = view.local.postgres.primary().into_iter().flat_map(|facts| &facts.replicas);
-    let row = rows
-        .filter(|row| parse_walreceiver_name(&row.application_name).is_some_and(|(id, _)| id.name == *name))
-        .next_back();
+    // A row of an earlier life of the member says nothing about this one.
+    let is = |id: crate::core::MemberId| id.name == *name && record.is_none_or(|r| r.incarnation == id.incarnation);
+    let mut rows = view.local.postgres.primary().into_iter().flat_map(|facts| &facts.replicas);
+    let row = rows.rfind(|row| parse_walreceiver_name(&row.application_name).is_some_and(|(id, _)| is(id)));
     (
         row.and_then(|row| row.flushed).max(record.and_then(|r| r.received)),
         row.and_then(|row| row.replayed).max(record.and_then(|r| r.replayed)),
@@ -392,10 +392,7 @@ fn leader_state(
 // === Durability ===
 
 fn durability(view: &View, records: Option<&ClusterRecords>) -> DurabilityNow {
-    let policy = &view.policy;
-    // Nobody can wait for more standbys than there are.
-    let others = u32::try_from(view.me.configured.len().saturating_sub(1)).unwrap_or(u32::MAX);
-    let wanted_k = if policy.durability == Durability::Async { 0 } else { policy.k.min(others) };
+    let (policy, wanted_k) = (&view.policy, wanted_k(view));
     let claim = records.and_then(|r| r.sync.value());
     let streaming = claim.and_then(|claim| streaming(view, claim));
     let stalled = claim.zip(streaming).is_some_and(|(claim, streaming)| streaming < claim.k);
@@ -410,6 +407,12 @@ fn durability(view: &View, records: Option<&ClusterRecords>) -> DurabilityNow {
         stalled,
         message: durability_message(policy.durability, wanted_k, claim, streaming.filter(|_| stalled)),
     }
+}
+
+/// Acknowledgements that the settings want; nobody can wait for more standbys than there are.
+pub(super) fn wanted_k(view: &View) -> u32 {
+    let others = u32::try_from(view.me.configured.len().saturating_sub(1)).unwrap_or(u32::MAX);
+    if view.policy.durability == Durability::Async { 0 } else { view.policy.k.min(others) }
 }
 
 /// How many of the set stream from here; `None` where we do not lead.
