@@ -15,7 +15,8 @@ use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::Registry;
 
 use super::error::ApiError;
-use super::overview::{Member, Standing, SyncStanding, members, wanted_k};
+use super::members::{Member, Standing, SyncStanding, members};
+use super::overview::wanted_k;
 use super::{App, node};
 use crate::agent::status::{Counters, Status};
 use crate::core::health::{Check, Query, judge, leader_position};

@@ -14,6 +14,7 @@ mod cluster;
 mod decisions;
 mod error;
 mod health;
+mod members;
 mod metrics;
 mod node;
 mod openapi;

@@ -602,3 +602,83 @@ async fn the_end_is_bounded_whoever_is_connected() {
     assert_eq!(reply.status, 503);
     assert!(reply.body.contains("status unknown"), "{}", reply.body);
 }
+
+/// The configuration that Patroni's documentation teaches, and the same with HTTP/1.1 and a lag limit. Only where HAProxy
+/// is installed.
+#[tokio::test]
+async fn haproxy_finds_the_primary_and_the_standbys() {
+    if std::process::Command::new("haproxy").arg("-v").output().is_err() {
+        eprintln!("haproxy is not installed: its checks are not tried");
+        return;
+    }
+    let servers =
+        [start(healthy().seen_by("a")).await, start(healthy().seen_by("b")).await, start(healthy().seen_by("c")).await];
+    let lines: String = ["a", "b", "c"]
+        .iter()
+        .zip(&servers)
+        .map(|(n, s)| format!("  server {n} {0} check port {1}\n", s.address, s.address.port()))
+        .collect();
+    let directory = tempfile::tempdir().unwrap();
+    let (file, socket) = (directory.path().join("haproxy.cfg"), directory.path().join("stats"));
+    let backend = |name: &str, check: &str| {
+        format!(
+            "backend {name}\n  {check}\n  http-check expect status 200\n  default-server inter 100ms fall 1 rise 1\n{lines}"
+        )
+    };
+    let config = [
+        format!("global\n  stats socket {} mode 600\n", socket.display()),
+        "defaults\n  mode tcp\n  timeout connect 1s\n  timeout client 1s\n  timeout server 1s\n  timeout check 1s\n"
+            .to_owned(),
+        backend("primary", "option httpchk OPTIONS /primary"),
+        backend("replica", "option httpchk\n  http-check send meth GET uri /replica?lag=1kB ver HTTP/1.1 hdr Host x"),
+        backend("sync", "option httpchk HEAD /sync"),
+    ];
+    std::fs::write(&file, config.concat()).unwrap();
+    let mut haproxy = tokio::process::Command::new("haproxy")
+        .arg("-db")
+        .arg("-f")
+        .arg(&file)
+        .stderr(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let expected = [
+        ("primary", "a", "UP"),
+        ("primary", "b", "DOWN"),
+        ("primary", "c", "DOWN"),
+        ("replica", "a", "DOWN"),
+        ("replica", "b", "UP"),
+    ];
+    let expected = expected.into_iter().chain([
+        ("replica", "c", "DOWN"),
+        ("sync", "a", "DOWN"),
+        ("sync", "b", "UP"),
+        ("sync", "c", "DOWN"),
+    ]);
+    let expected: Vec<_> = expected.map(|(b, s, state)| (format!("{b}/{s}"), state.to_owned())).collect();
+    let seen = async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let states = haproxy_states(&socket).await;
+            if states == expected {
+                return;
+            }
+        }
+    };
+    if tokio::time::timeout(PATIENCE, seen).await.is_err() {
+        panic!("haproxy sees {:?}", haproxy_states(&socket).await);
+    }
+    haproxy.kill().await.unwrap();
+}
+
+/// `backend/server` and its state, without the aggregates.
+async fn haproxy_states(socket: &Path) -> Vec<(String, String)> {
+    let Ok(mut stream) = tokio::net::UnixStream::connect(socket).await else { return Vec::new() };
+    stream.write_all(b"show stat\n").await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    let rows = text.lines().filter(|line| !line.starts_with('#')).map(|line| line.split(',').collect::<Vec<_>>());
+    let rows = rows.filter(|row| row.len() > 17 && !["FRONTEND", "BACKEND"].contains(&row[1]));
+    // The state may be followed by `1/2` while it is about to change.
+    rows.map(|row| (format!("{}/{}", row[0], row[1]), row[17].split(' ').next().unwrap().to_owned())).collect()
+}
