@@ -145,8 +145,8 @@ mod tests {
     #[test]
     fn finds_children_and_grandchildren_but_not_itself_or_the_spared_one() {
         let mut command = std::process::Command::new("sh");
-        let mut shell =
-            command.args(["-c", "sleep 60 & echo; wait"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        command.args(["-c", "sleep 60 & echo; wait"]).stdout(std::process::Stdio::piped());
+        let mut shell = command.spawn().unwrap();
         // The line comes after the shell forked.
         std::io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut [0]).unwrap();
         let pid = i32::try_from(shell.id()).unwrap();
