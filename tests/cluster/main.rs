@@ -1,1 +1,3 @@
 //! Real PostgreSQL, real etcd, real processes killed.
+
+mod postgres_adapter;
