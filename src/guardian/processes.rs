@@ -148,7 +148,7 @@ mod tests {
         command.args(["-c", "sleep 60 & echo; wait"]).stdout(std::process::Stdio::piped());
         let mut shell = command.spawn().unwrap();
         // The line comes after the shell forked.
-        std::io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        Read::read_exact(shell.stdout.as_mut().unwrap(), &mut [0]).unwrap();
         let pid = i32::try_from(shell.id()).unwrap();
         let mut processes = Processes::open().unwrap();
         assert_eq!(processes.descendants(pid, None, false).unwrap().all(), 1);
