@@ -50,8 +50,7 @@ fn show(global: &Global, body: &Value) -> Result<Exit, Failure> {
         let text = overview.render();
         say(format_args!("{}", if colours() { paint(&text) } else { text }));
     }
-    let has_primary = overview.members.iter().any(|m| m.role == "primary");
-    Ok(if has_primary { Exit::Ok } else { Exit::Failed })
+    Ok(if overview.has_leader() { Exit::Ok } else { Exit::Failed })
 }
 
 /// The part of `/v1/status` that the table shows. What an agent of another version leaves out is shown as unknown.
@@ -59,13 +58,25 @@ fn show(global: &Global, body: &Value) -> Result<Exit, Failure> {
 #[serde(default)]
 pub struct Overview {
     pub cluster: String,
-    pub leader: Option<String>,
-    pub term: Option<u64>,
-    pub timeline: Option<u32>,
-    pub durability: Option<String>,
-    pub reason: Option<String>,
+    pub leader: Leader,
+    pub durability: Durability,
     pub warnings: Vec<String>,
     pub members: Vec<MemberRow>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Leader {
+    pub member: Option<String>,
+    pub term: Option<u64>,
+    pub state: String,
+    pub timeline: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Durability {
+    pub message: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -74,51 +85,59 @@ pub struct MemberRow {
     pub name: String,
     pub role: String,
     pub state: String,
+    pub sync: Option<String>,
     pub timeline: Option<u32>,
     pub lag_bytes: Option<u64>,
-    pub sync: Option<Value>,
-    pub tags: Value,
+    pub tags: Option<Value>,
     pub reason: Option<String>,
-    pub host: String,
-    pub port: u16,
 }
 
 impl Overview {
+    pub fn has_leader(&self) -> bool {
+        self.leader.state == "held" && self.leader.member.is_some()
+    }
+
     pub fn render(&self) -> String {
         let mut head = format!("cluster {}", self.cluster);
-        if let Some(leader) = &self.leader {
-            head.push_str(&format!(", leader {leader}"));
+        match &self.leader.member {
+            Some(leader) => head.push_str(&format!(", leader {leader}")),
+            None => head.push_str(", no leader"),
         }
-        for (name, value) in [("term", self.term), ("timeline", self.timeline.map(u64::from))] {
+        for (name, value) in [("term", self.leader.term), ("timeline", self.leader.timeline.map(u64::from))] {
             if let Some(value) = value {
                 head.push_str(&format!(", {name} {value}"));
             }
-        }
-        if let Some(durability) = &self.durability {
-            head.push_str(&format!(", durability {durability}"));
         }
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
         table.set_header(["MEMBER", "ROLE", "STATE", "TIMELINE", "LAG", "SYNC", "TAGS", "REASON"]);
         for member in &self.members {
+            let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
             table.add_row([
                 member.name.clone(),
                 member.role.clone(),
                 member.state.clone(),
-                member.timeline.map_or_else(|| "-".to_owned(), |t| t.to_string()),
-                member.lag_bytes.map_or_else(|| "-".to_owned(), bytes),
-                member.sync.as_ref().map_or_else(|| "-".to_owned(), word),
-                tags(&member.tags),
+                or_dash(member.timeline.map(|timeline| timeline.to_string())),
+                or_dash(member.lag_bytes.map(bytes)),
+                or_dash(member.sync.clone()),
+                member.tags.as_ref().map(tags).unwrap_or_default(),
                 member.reason.clone().unwrap_or_default(),
             ]);
         }
         let mut text = format!("{head}\n");
-        for line in table.to_string().lines() {
-            text.push_str(line.trim_end());
+        if !self.durability.message.is_empty() {
+            text.push_str(&format!("{}\n", self.durability.message));
+        }
+        text.push('\n');
+        for line in table.lines() {
+            text.push_str(line.trim());
             text.push('\n');
         }
-        for warning in self.warnings.iter().chain(&self.reason) {
-            text.push_str(&format!("{warning}\n"));
+        for warning in &self.warnings {
+            text.push_str(&format!("\n! {warning}"));
+        }
+        if !self.warnings.is_empty() {
+            text.push('\n');
         }
         text
     }
@@ -137,12 +156,7 @@ pub fn bytes(count: u64) -> String {
 }
 
 fn word(value: &Value) -> String {
-    match value {
-        Value::Bool(true) => "sync".to_owned(),
-        Value::Bool(false) | Value::Null => "-".to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 fn tags(tags: &Value) -> String {
@@ -171,9 +185,11 @@ pub fn paint(text: &str) -> String {
     let mut painted = String::with_capacity(text.len() + 64);
     for line in text.lines() {
         let line = line
-            .replacen(" primary ", " \x1b[1;32mprimary\x1b[0m ", 1)
+            .replacen(" leader ", " \x1b[1;32mleader\x1b[0m ", 1)
             .replacen(" standby ", " \x1b[36mstandby\x1b[0m ", 1)
-            .replacen(" none ", " \x1b[31mnone\x1b[0m ", 1);
+            .replacen(" down ", " \x1b[31mdown\x1b[0m ", 1)
+            .replacen(" unled ", " \x1b[31munled\x1b[0m ", 1)
+            .replacen("! ", "\x1b[33m!\x1b[0m ", 1);
         painted.push_str(&line);
         painted.push('\n');
     }

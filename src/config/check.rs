@@ -573,7 +573,17 @@ impl Check<'_> {
             if value.contains(['\n', '\r', '\0']) {
                 return Err(self.error(&field, "has more than one line", "PostgreSQL takes one line"));
             }
-            parameters.insert(name.to_ascii_lowercase(), value);
+            let name = name.to_ascii_lowercase();
+            let restricted = keys::RESTRICTED_PARAMETERS.iter().find(|(restricted, _)| *restricted == name);
+            if let Some((_, allowed)) = restricted.filter(|(_, allowed)| !allowed.contains(&value.as_str())) {
+                let allowed = allowed.join(" or ");
+                return Err(self.error(
+                    &field,
+                    format!("`{value}` breaks what the cluster promises"),
+                    format!("write {allowed}"),
+                ));
+            }
+            parameters.insert(name, value);
         }
         Ok(parameters)
     }

@@ -114,10 +114,8 @@ pub const OWNED_PARAMETERS: &[(&str, &str)] = &[
     ("external_pid_file", "leave it away: the guardian knows the process"),
     ("cluster_name", "leave it away: it is made from `cluster` and `name`"),
     ("hot_standby", "leave it away: it is always on"),
-    ("wal_level", "leave it away: it is `replica`, or `logical` where a slot needs it"),
     ("wal_log_hints", "leave it away: it is always on, pg_rewind needs it"),
     ("synchronous_standby_names", "set `durability` and sync.k: pgvigil keeps the set"),
-    ("synchronous_commit", "set `durability`"),
     ("fsync", "leave it away: it is always on"),
     ("full_page_writes", "leave it away: it is always on"),
     ("restart_after_crash", "set crash.prefer: pgvigil decides what follows a crash"),
@@ -129,7 +127,15 @@ pub const OWNED_PARAMETERS: &[(&str, &str)] = &[
     ("recovery_*", "leave it away: nothing but pgvigil ends recovery"),
     ("promote_trigger_file", "leave it away: nothing but pgvigil promotes"),
     ("allow_alter_system", "leave it away: pgvigil reads and corrects what ALTER SYSTEM writes"),
-    ("zero_damaged_pages", "leave it away: damaged data are to be cloned again, not overwritten"),
+    ("wal_retrieve_retry_interval", "leave it away: how fast a standby turns to a new leader depends on it"),
+];
+
+/// Parameters that may be set, to some of their values: the others would break what the cluster promises.
+pub const RESTRICTED_PARAMETERS: &[(&str, &[&str])] = &[
+    ("synchronous_commit", &["on", "remote_apply"]),
+    ("wal_level", &["replica", "logical"]),
+    ("zero_damaged_pages", &["off"]),
+    ("ignore_checksum_failure", &["off"]),
 ];
 
 /// The remedy, if pgvigil owns the parameter.

@@ -387,6 +387,10 @@ impl Drop for Cluster {
         }
         let begun = Instant::now();
         while processes::kill_once(&self.base) > 0 && begun.elapsed() < KILL {
+            #[allow(
+                clippy::disallowed_methods,
+                reason = "drop cannot await; nothing else is to be done on this thread"
+            )]
             std::thread::sleep(Duration::from_millis(10));
         }
         if std::thread::panicking() {

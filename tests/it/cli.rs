@@ -142,3 +142,36 @@ fn outcomes_have_exit_codes() {
     let slow = agent("200 OK", r#"{"id":"1","state":"waiting"}"#);
     fails(&["switchover", "--wait", "0", "--url", &slow], 5, &["has no outcome after 0s"]);
 }
+
+#[test]
+fn status_is_a_table_with_a_verdict() {
+    let body = r#"{"version":1,"cluster":"maas","leader":{"member":"a","term":4,"state":"held","timeline":2},
+        "durability":{"message":"every acknowledged commit is on the leader and at least 1 of 2 standbys"},
+        "members":[{"name":"a","role":"leader","state":"running","sync":"primary","timeline":2,"lag_bytes":null,
+                    "tags":{"nofailover":false,"failover_priority":1,"custom":{"zone":"x"}},"reason":"leads"},
+                   {"name":"b","role":"standby","state":"streaming","sync":"synchronous","timeline":2,"lag_bytes":20480,
+                    "tags":{"nofailover":true,"failover_priority":0,"custom":{}},"reason":"follows a"}],
+        "warnings":["c has not been heard of"]}"#;
+    let ran = pgvigil(&["status", "--url", &agent("200 OK", body)]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let expected = "\
+cluster maas, leader a, term 4, timeline 2
+every acknowledged commit is on the leader and at least 1 of 2 standbys
+
+MEMBER  ROLE     STATE      TIMELINE  LAG    SYNC         TAGS                           REASON
+a       leader   running    2         -      primary      zone=x                         leads
+b       standby  streaming  2         20 kB  synchronous  failover_priority=0 nofailover follows a
+
+! c has not been heard of
+";
+    assert_eq!(
+        ran.out.split_whitespace().collect::<Vec<_>>(),
+        expected.split_whitespace().collect::<Vec<_>>(),
+        "{}",
+        ran.out
+    );
+    let leaderless = r#"{"cluster":"maas","leader":{"member":null,"state":"silent"},"members":[]}"#;
+    let ran = pgvigil(&["status", "--url", &agent("200 OK", leaderless)]);
+    assert_eq!(ran.code, 1);
+    assert!(ran.out.contains("no leader"));
+}

@@ -255,13 +255,20 @@ fn values_are_refused_with_the_remedy() {
 fn parameters_that_pgvigil_owns_are_refused_with_what_to_write_instead() {
     refused(&with("postgresql.parameters", "port = 5433"), &["postgresql.parameters.port", "[[members]]"]);
     refused(&with("postgresql.parameters", "recovery_target_time = \"x\""), &["nothing but pgvigil ends recovery"]);
-    refused(&with("postgresql.parameters", "Synchronous_Commit = \"off\""), &["set `durability`"]);
+    refused(&with("postgresql.parameters", "Synchronous_Commit = \"off\""), &["write on or remote_apply"]);
     refused(&with("postgresql.parameters", "a = [1]"), &["an array is not a value"]);
     let config =
         parse(&with("postgresql.parameters", "work_mem = \"8MB\"\njit = false\nmax_wal_senders = 12")).unwrap();
     let parameters = &config.postgresql.parameters;
     assert_eq!((parameters["work_mem"].as_str(), parameters["jit"].as_str()), ("8MB", "off"));
     assert_eq!(parameters["max_wal_senders"], "12");
+}
+
+#[test]
+fn every_parameter_that_postgresql_s_files_set_is_refused() {
+    for name in pgvigil::postgres::owned_parameters() {
+        assert!(pgvigil::config::keys::owned_parameter(name).is_some(), "{name} can be set in the configuration");
+    }
 }
 
 #[test]

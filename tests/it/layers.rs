@@ -21,8 +21,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("agent", &["ports", "config", "core"]),
     ("api", &["ports", "config", "core", "agent::status"]),
     ("guardian", &[]),
-    ("cli", &["app", "config", "core", "demo", "api", "agent::status", "guardian", "telemetry"]),
-    ("demo", &["config", "core", "api"]),
+    // The API's client: speaks JSON, knows no other part.
+    ("client", &["config"]),
+    ("cli", &["app", "client", "config", "core", "demo", "api", "agent::status", "guardian", "telemetry"]),
+    ("demo", &["client", "config", "core"]),
     ("app", ALL),
     ("main", ALL),
     ("lib", ALL),
