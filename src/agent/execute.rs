@@ -8,7 +8,7 @@ use tracing::{error, info};
 use super::lease_keeper::LeaseKeeper;
 use super::state_file::{StateError, StateFile};
 use crate::core::Moment;
-use crate::core::plan::Step;
+use crate::core::plan::{Follow, Step};
 use crate::core::records::{ClusterRecords, Key, LeaderState, MemberRecord, Outcome, Transaction, Write};
 use crate::ports::{Clock, Dcs, DcsError, Fence, FenceError, Postgres, PostgresError, StartMode};
 
@@ -58,6 +58,9 @@ pub enum Effect {
     SyncWritten,
     SyncDoubtful,
     CrashesForgotten,
+    Started {
+        follow: Option<Follow>,
+    },
     /// PostgreSQL was killed: whatever a job does with it is over.
     Killed,
     Exit,
@@ -103,6 +106,7 @@ impl World {
                 // What was armed for a dead PostgreSQL must not kill the one that follows nobody.
                 self.fence.disarm().await?;
                 self.fence.start(&launch).await?;
+                return Ok(vec![Effect::Started { follow: follow.clone() }]);
             }
             Step::Follow { follow } => self.postgres.follow(Some(follow), SQL_DEADLINE).await?,
             Step::EndWalsenders { names } => self.postgres.end_walsenders(names, SQL_DEADLINE).await?,

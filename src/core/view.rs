@@ -321,6 +321,8 @@ pub struct Memory {
     pub promoted: Option<(Term, Moment)>,
     /// Crashes of PostgreSQL within the window, by start number.
     pub crashes: Vec<(u64, Moment)>,
+    /// Whom PostgreSQL was last started to follow.
+    pub started: Option<Follow>,
     pub rejoin_failures: u32,
     /// Nothing of this kind is tried again before.
     pub retry_after: Option<Moment>,
@@ -350,6 +352,9 @@ pub struct Durable {
     pub highest_sync_term: Term,
     pub store_id: u64,
     pub store_revision: i64,
+    /// The data were copied or rewound from another member and have not been consistent since: they need WAL that only a
+    /// leader has, so PostgreSQL is started following one, never parked.
+    pub must_follow: bool,
 }
 
 /// Since when the store shows the same lease.

@@ -421,7 +421,10 @@ impl Toy {
                 };
             }
             Step::Join { system_identifier } => m.me.system_identifier = Some(*system_identifier),
-            Step::NewIncarnation => m.me.id.incarnation = Incarnation(m.me.id.incarnation.0 + 100),
+            Step::NewIncarnation => {
+                m.me.id.incarnation = Incarnation(m.me.id.incarnation.0 + 100);
+                m.memory.durable.must_follow = true;
+            }
             Step::ForgetCrashes => m.memory.crashes.clear(),
             Step::KeepLease { term, leader_revision } => {
                 (m.kept, m.memory.kept_revision) = (Some(*leader_revision), Some(*leader_revision));
@@ -435,8 +438,14 @@ impl Toy {
             Step::Kill => m.die("killed by the guardian: asked"),
             Step::Disarm => m.armed = None,
             Step::Start { follow } => {
+                assert!(
+                    follow.is_some() || !m.memory.durable.must_follow,
+                    "copied data never become consistent parked"
+                );
                 m.armed = None;
                 m.starts += 1;
+                m.memory.started = follow.clone();
+                m.memory.durable.must_follow = false;
                 let (timeline, history, at) = m.disk.clone();
                 m.pg = Pg::Standby { timeline, history, replayed: at, follows: follow.clone() };
             }

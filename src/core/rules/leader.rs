@@ -12,7 +12,7 @@ use crate::core::records::{
 };
 use crate::core::time::Moment;
 use crate::core::timeline::Term;
-use crate::core::view::{LocalPostgres, PrimaryFacts, View};
+use crate::core::view::{GuardState, LocalPostgres, PrimaryFacts, View};
 
 /// A standby that streamed from here within this time can take over at once.
 const READY_WITHIN: Duration = Duration::from_secs(4);
@@ -29,6 +29,9 @@ pub fn rule(view: &View) -> Option<Plan> {
         LocalPostgres::Down => crashed(&facts, mine, "PostgreSQL ended"),
         LocalPostgres::Standby(_) => crashed(&facts, mine, "PostgreSQL runs as a standby"),
         LocalPostgres::Starting { why } => crashed_or_wait(&facts, mine, why),
+        LocalPostgres::Unknown { .. } if matches!(view.local.guard.state, GuardState::Survivors { .. }) => {
+            crashed(&facts, mine, "PostgreSQL is dying")
+        }
         LocalPostgres::Unknown { why } => Plan::new(
             "leader.unknown",
             format!("leading term {term}; PostgreSQL does not answer ({why}): nothing is changed"),
@@ -56,7 +59,7 @@ fn primary_plan(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &Primary
 // === When PostgreSQL is gone under a held term ===
 
 fn crashed_or_wait(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, why: &str) -> Plan {
-    let armed = matches!(facts.view.local.guard.state, crate::core::view::GuardState::Running { armed: Some(_), .. });
+    let armed = matches!(facts.view.local.guard.state, GuardState::Running { armed: Some(_), .. });
     if armed {
         return Plan::new("leader.starting", format!("PostgreSQL does not accept connections ({why})"));
     }

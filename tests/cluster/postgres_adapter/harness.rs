@@ -126,6 +126,7 @@ impl Cluster {
                 start_timeout: ms(60_000),
                 stop_timeout: ms(60_000),
                 member_publish: ms(3000),
+                rejoin_timeout: Duration::from_secs(60),
                 reclone: true,
             },
             tags: Tags::default(),
