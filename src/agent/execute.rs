@@ -8,9 +8,8 @@ use tracing::{error, info};
 use super::lease_keeper::LeaseKeeper;
 use super::state_file::{StateError, StateFile};
 use crate::core::Moment;
-use crate::core::plan::Step;
-use crate::core::records::{ClusterRecords, Key, MemberRecord, Outcome, Transaction, Write};
-use crate::core::timeline::Term;
+use crate::core::plan::{Follow, Step};
+use crate::core::records::{ClusterRecords, Key, LeaderState, MemberRecord, Outcome, Transaction, Write};
 use crate::ports::{Clock, Dcs, DcsError, Fence, FenceError, Postgres, PostgresError, StartMode};
 
 /// Deadlines of short steps. Each is far below the time after which the keeper takes the loop for dead.
@@ -49,7 +48,6 @@ pub enum StepError {
 #[derive(Clone, Debug)]
 pub enum Effect {
     Kept {
-        term: Term,
         leader_revision: i64,
     },
     Dropped,
@@ -60,6 +58,9 @@ pub enum Effect {
     SyncWritten,
     SyncDoubtful,
     CrashesForgotten,
+    Started {
+        follow: Option<Follow>,
+    },
     /// PostgreSQL was killed: whatever a job does with it is over.
     Killed,
     Exit,
@@ -81,7 +82,7 @@ impl World {
             Step::ForgetCrashes => return Ok(vec![Effect::CrashesForgotten]),
             Step::KeepLease { term, leader_revision } => {
                 self.keeper.keep(*term, *leader_revision);
-                return Ok(vec![Effect::Kept { term: *term, leader_revision: *leader_revision }]);
+                return Ok(vec![Effect::Kept { leader_revision: *leader_revision }]);
             }
             Step::DropLease => {
                 self.keeper.drop_lease();
@@ -105,6 +106,7 @@ impl World {
                 // What was armed for a dead PostgreSQL must not kill the one that follows nobody.
                 self.fence.disarm().await?;
                 self.fence.start(&launch).await?;
+                return Ok(vec![Effect::Started { follow: follow.clone() }]);
             }
             Step::Follow { follow } => self.postgres.follow(Some(follow), SQL_DEADLINE).await?,
             Step::EndWalsenders { names } => self.postgres.end_walsenders(names, SQL_DEADLINE).await?,
@@ -142,14 +144,20 @@ impl World {
         let at = self.clock.now();
         let writes_sync = transaction.write.iter().any(|w| matches!(w, Write::Sync(_)));
         match self.dcs.commit(&transaction, STORE_DEADLINE).await {
-            Ok(_) => {
+            Ok(revision) => {
                 let mut effects = Vec::new();
                 if writes_sync {
                     effects.push(Effect::SyncWritten);
                 }
                 for write in transaction.write {
-                    if let Write::Member(_, record) = write {
-                        effects.push(Effect::Published { at, record });
+                    match write {
+                        Write::Member(_, record) => effects.push(Effect::Published { at, record }),
+                        Write::Leader(record) if record.holder == self.state().id() && keeps_lease(&record.state) => {
+                            // The record is ours and new: renewed from now on, without a round in between.
+                            self.keeper.keep(record.term, revision);
+                            effects.push(Effect::Kept { leader_revision: revision });
+                        }
+                        _ => {}
                     }
                 }
                 Ok(effects)
@@ -180,6 +188,13 @@ impl World {
         }
         info!(request = id, ?outcome, "request finished");
         self.commit("finish a request", &transaction).await
+    }
+}
+
+fn keeps_lease(state: &LeaderState) -> bool {
+    match state {
+        LeaderState::Held | LeaderState::Electing { .. } => true,
+        LeaderState::Released { .. } | LeaderState::Fenced { .. } => false,
     }
 }
 

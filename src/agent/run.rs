@@ -178,7 +178,11 @@ impl Agent {
             self.counters.postgres_errors += 1;
         }
         self.world.keeper.flushed(postgres.primary().map(|p| p.flushed));
+        let postgres_is_standby = postgres.standby().is_some();
         let local = Local { observed_at: now, data, postgres, guard };
+        if postgres_is_standby && let Err(error) = self.world.state().is_consistent() {
+            warn!(%error, "remember that the data are consistent");
+        }
         {
             let state = self.world.state();
             self.me.id = state.id();
@@ -336,11 +340,12 @@ impl Agent {
         let mut exit = false;
         for effect in effects {
             match effect {
-                Effect::Kept { leader_revision, .. } => self.memory.kept_revision = Some(leader_revision),
+                Effect::Kept { leader_revision } => self.memory.kept_revision = Some(leader_revision),
                 Effect::Dropped => self.memory.kept_revision = None,
                 Effect::Published { at, record } => self.memory.published = Some((at, *record)),
                 Effect::SyncWritten => self.memory.doubtful_sync = false,
                 Effect::SyncDoubtful => self.memory.doubtful_sync = true,
+                Effect::Started { follow } => self.memory.started = follow,
                 Effect::CrashesForgotten => self.memory.crashes.clear(),
                 Effect::Killed => self.memory.enforced = None,
                 Effect::Exit => exit = true,

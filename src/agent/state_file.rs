@@ -152,9 +152,17 @@ impl StateFile {
         self.change(|c| c.system_identifier = Some(system_identifier.to_string()))
     }
 
-    /// The data directory is about to begin another life.
+    /// The data directory is about to begin another life: copied or rewound, and of no use without its leader's WAL.
     pub fn begin_incarnation(&mut self) -> Result<(), StateError> {
-        self.change(|c| c.incarnation = new_incarnation())
+        self.change(|c| {
+            c.incarnation = new_incarnation();
+            c.durable.must_follow = true;
+        })
+    }
+
+    /// PostgreSQL accepts connections as a standby: what was copied or rewound is consistent.
+    pub fn is_consistent(&mut self) -> Result<(), StateError> {
+        if self.contents.durable.must_follow { self.change(|c| c.durable.must_follow = false) } else { Ok(()) }
     }
 
     fn change(&mut self, change: impl FnOnce(&mut Contents)) -> Result<(), StateError> {
@@ -246,6 +254,20 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let _first = open(directory.path()).unwrap();
         assert!(matches!(open(directory.path()), Err(StateError::Locked { .. })));
+    }
+
+    #[test]
+    fn copied_data_need_a_leader_until_they_are_consistent() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut state = open(directory.path()).unwrap();
+        let before = state.id();
+        state.begin_incarnation().unwrap();
+        assert_ne!(state.id(), before);
+        drop(state);
+        let mut state = open(directory.path()).unwrap();
+        assert!(state.durable().must_follow);
+        state.is_consistent().unwrap();
+        assert!(!state.durable().must_follow);
     }
 
     #[test]

@@ -45,7 +45,7 @@ fn admit_without_token(headers: &HeaderMap, peer: Option<Peer>) -> Result<(), Ap
         return Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "no token is configured, so changes are accepted from this host only",
-            "set api.token_file on every member and send `Authorization: Bearer …`, or ask on the member itself",
+            "set the same api.token on every member and send `Authorization: Bearer …`, or ask on the member itself",
         ));
     }
     // Being on this host is all that is asked here, and every web page in a browser on it could say so.
@@ -53,14 +53,14 @@ fn admit_without_token(headers: &HeaderMap, peer: Option<Peer>) -> Result<(), Ap
         return Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "no token is configured, so changes are not accepted from web pages",
-            "set api.token_file and send `Authorization: Bearer …`, or use the command line",
+            "set api.token and send `Authorization: Bearer …`, or use the command line",
         ));
     }
     Ok(())
 }
 
 fn unauthorized(error: &str) -> ApiError {
-    ApiError::new(StatusCode::UNAUTHORIZED, error, "send `Authorization: Bearer …` with the token of api.token_file")
+    ApiError::new(StatusCode::UNAUTHORIZED, error, "send `Authorization: Bearer …` with the configured api.token")
 }
 
 fn bearer(value: &[u8]) -> Option<&[u8]> {

@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::error::ApiError;
-use super::overview::{Member, Standing, SyncStanding, members};
+use super::members::{Member, Standing, SyncStanding, members};
 use super::{App, node};
 use crate::core::Lsn;
 use crate::core::health::claim;

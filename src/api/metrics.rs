@@ -15,11 +15,11 @@ use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::Registry;
 
 use super::error::ApiError;
-use super::overview::{Member, Standing, SyncStanding, members};
+use super::members::{Member, Standing, SyncStanding, members};
+use super::overview::wanted_k;
 use super::{App, node};
 use crate::agent::status::{Counters, Status};
 use crate::core::health::{Check, Query, judge, leader_position};
-use crate::core::records::Durability;
 use crate::core::view::{GuardState, LeaseView, LocalPostgres, Receiver, View};
 use crate::core::{Lsn, Moment};
 
@@ -139,10 +139,10 @@ const METRICS: &[Metric] = &[
     gauge("guardian_real_time", "1: the guardian runs with real-time priority", |s| number(s.view().map(|v| flag(v.local.guard.real_time)))),
 
     // --- durability ---
-    gauge("sync_wanted", "Acknowledgements from standbys that the settings want", |s| number(s.view().map(|v| f64::from(wanted(v))))),
+    gauge("sync_wanted", "Acknowledgements from standbys that the settings want", |s| number(s.view().map(|v| f64::from(wanted_k(v))))),
     gauge("sync_required", "Acknowledgements from standbys that a commit waits for, as published", |s| number(required(s.view()).map(f64::from))),
     gauge("sync_members", "Standbys in the published synchronous set", |s| number(claimed(s.view()).map(|n| n as f64))),
-    gauge("sync_degraded", "1: commits wait for fewer standbys than the settings want", |s| number(s.view().map(|v| flag(required(Some(v)).unwrap_or(0) < wanted(v))))),
+    gauge("sync_degraded", "1: commits wait for fewer standbys than the settings want", |s| number(s.view().map(|v| flag(required(Some(v)).unwrap_or(0) < wanted_k(v))))),
 
     // --- store and loop ---
     gauge("store_readable", "1: the last reading of the store succeeded", |s| number(s.view().map(|v| flag(v.store.records().is_some())))),
@@ -312,11 +312,6 @@ fn lease_remaining(scrape: &Scrape) -> Option<f64> {
         LeaseView::Held { deadline, .. } => Some(scrape.now.until(*deadline).as_secs_f64()),
         LeaseView::None | LeaseView::Claimed { .. } | LeaseView::Lost { .. } => None,
     }
-}
-
-fn wanted(view: &View) -> u32 {
-    let others = u32::try_from(view.me.configured.len().saturating_sub(1)).unwrap_or(u32::MAX);
-    if view.policy.durability == Durability::Async { 0 } else { view.policy.k.min(others) }
 }
 
 fn required(view: Option<&View>) -> Option<u32> {

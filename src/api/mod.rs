@@ -14,6 +14,7 @@ mod cluster;
 mod decisions;
 mod error;
 mod health;
+mod members;
 mod metrics;
 mod node;
 mod openapi;
@@ -29,7 +30,7 @@ pub mod testing;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::status::Status;
@@ -64,6 +65,8 @@ pub(crate) struct App {
     last_reading: watch::Receiver<Option<Arc<View>>>,
     requests: mpsc::Sender<ApiRequest>,
     recent: requests::Recent,
+    /// Strangers may wait for an outcome too, but not in every connection there is.
+    waiters: Semaphore,
     connections: server::Counts,
     clock: Arc<dyn Clock>,
     shutdown: CancellationToken,
@@ -92,5 +95,3 @@ impl App {
 fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
-
-type Answer<T> = oneshot::Sender<T>;

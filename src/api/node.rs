@@ -159,7 +159,7 @@ fn state(view: &View) -> &'static str {
     }
 }
 
-fn role(postgres: &LocalPostgres) -> &'static str {
+pub(super) fn role(postgres: &LocalPostgres) -> &'static str {
     match postgres {
         LocalPostgres::Primary(_) => "primary",
         LocalPostgres::Standby(_) => "replica",

@@ -68,8 +68,8 @@ fn responses(route: &Route, method: &str) -> Value {
     }
     for (code, response) in &mut responses {
         // Status only for HEAD and OPTIONS; a refused check still answers with the member's document.
-        let is_error = !code.starts_with('2') && !(code == "503" && method == "get");
-        if is_error && !matches!(method, "head" | "options") {
+        let is_document = code.starts_with('2') || (code == "503" && method == "get");
+        if !is_document && !matches!(method, "head" | "options") {
             response["content"] = json!({"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}});
         }
     }

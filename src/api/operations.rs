@@ -23,6 +23,8 @@ use crate::core::view::View;
 pub(super) const LARGEST_BODY: usize = 64 * 1024;
 const SHORTEST_TIMEOUT: Duration = Duration::from_secs(1);
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+/// One in so many connections may wait for an outcome; health checks need the others.
+pub(super) const WAITERS_SHARE: usize = 4;
 /// Longest `?wait_ms=`: proxies give up on a connection that says nothing for about a minute.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
@@ -78,9 +80,11 @@ pub(super) async fn request(
     wait: Result<Query<Wait>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, ApiError> {
     let Query(wait) = wait.map_err(|_| ApiError::bad_request("wait_ms is not a number", "write ?wait_ms=10000"))?;
-    let report = match wait.wait_ms {
+    // Without a permit the answer is what is known now; whoever waits asks again anyway.
+    let permit = wait.wait_ms.and_then(|wait| Some((wait, app.waiters.try_acquire().ok()?)));
+    let report = match permit {
         None => requests::find(&app, &id),
-        Some(wait) => requests::outcome(&app, &id, Duration::from_millis(wait).min(LONGEST_WAIT)).await,
+        Some((wait, _permit)) => requests::outcome(&app, &id, Duration::from_millis(wait).min(LONGEST_WAIT)).await,
     };
     match report {
         Some(report) => Ok(Json(report).into_response()),

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::App;
 use super::error::ApiError;
 use super::operations::{caller, default_timeout, is_member, read_body, timeout};
-use super::requests;
+use super::{node, requests};
 use crate::core::health::sitting_leader;
 use crate::core::names::MemberName;
 use crate::core::records::Operation;
@@ -77,11 +77,7 @@ pub(super) async fn restart(State(app): State<Arc<App>>, request: Request) -> Re
         ));
     }
     if let Some(wanted) = &body.role {
-        let role = match &view.local.postgres {
-            LocalPostgres::Primary(_) => "primary",
-            LocalPostgres::Standby(_) => "replica",
-            LocalPostgres::Down | LocalPostgres::Starting { .. } | LocalPostgres::Unknown { .. } => "uninitialized",
-        };
+        let role = node::role(&view.local.postgres);
         let known = ["primary", "master", "replica"].contains(&wanted.as_str());
         if !known {
             return Err(ApiError::bad_request("there is no such role", "write primary or replica"));

@@ -12,8 +12,8 @@ use axum::http::StatusCode;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
+use super::App;
 use super::error::ApiError;
-use super::{Answer, App};
 use crate::core::records::{Operation, Outcome, Request};
 
 /// Longest wait for the agent's answer: it may be in the middle of a round with a slow store.
@@ -31,7 +31,7 @@ pub struct ApiRequest {
     pub id: String,
     /// How long the operation may take before everything is put back.
     pub timeout: Duration,
-    pub answer: Answer<Result<Accepted, Refusal>>,
+    pub answer: oneshot::Sender<Result<Accepted, Refusal>>,
 }
 
 /// It stands in the store.

@@ -13,16 +13,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use axum::Router;
+use axum::body::HttpBody;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::{BoxError, Router};
+use bytes::Bytes;
 use futures_util::FutureExt;
-use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -30,6 +31,7 @@ use tracing::{debug, error, warn};
 
 use super::auth::Peer;
 use super::error::ApiError;
+use super::operations::WAITERS_SHARE;
 use super::requests::Recent;
 use super::{Api, App, routes};
 use crate::agent::status::Status;
@@ -56,6 +58,7 @@ pub async fn serve(api: Api, listener: TcpListener, shutdown: CancellationToken)
         last_reading,
         requests: api.requests,
         recent: Recent::default(),
+        waiters: Semaphore::new(api.config.max_connections.div_ceil(WAITERS_SHARE)),
         connections: table.counts.clone(),
         clock: api.clock,
         shutdown: shutdown.clone(),
@@ -94,18 +97,26 @@ struct Server {
 impl Server {
     async fn run(self, listener: TcpListener) {
         let mut connections = JoinSet::new();
+        // One line when accepting begins to fail, not twenty a second.
+        let mut failing = false;
         loop {
             // accept() and join_next() are cancel-safe.
             tokio::select! {
                 () = self.shutdown.cancelled() => break,
                 Some(ended) = connections.join_next() => report(ended),
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, peer)) => match self.table.admit(peer.ip()) {
-                        Some(place) => { connections.spawn(self.connection(stream, peer, place)); }
-                        None => debug!(%peer, "connection closed: all others are busy"),
-                    },
+                    Ok((stream, peer)) => {
+                        failing = false;
+                        match self.table.admit(peer.ip()) {
+                            Some(place) => { connections.spawn(self.connection(stream, peer, place)); }
+                            None => debug!(%peer, "connection closed: all others are busy"),
+                        }
+                    }
                     Err(why) => {
-                        warn!(error = %why, "accept a connection");
+                        if !failing {
+                            warn!(error = %why, "accept a connection; an idle one makes room, next try in {ACCEPT_PAUSE:?}");
+                        }
+                        failing = true;
                         self.table.evict_one();
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
@@ -164,12 +175,16 @@ impl Server {
 }
 
 /// A panic in a handler costs one answer. (Where panics abort, it costs the process; the log says which request did it.)
-async fn answer(
+async fn answer<B>(
     router: Router,
-    mut request: hyper::Request<Incoming>,
+    mut request: hyper::Request<B>,
     peer: SocketAddr,
     place: &Place,
-) -> Result<Response, Infallible> {
+) -> Result<Response, Infallible>
+where
+    B: HttpBody<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
     let _busy = place.busy();
     request.extensions_mut().insert(Peer(peer));
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
@@ -342,6 +357,16 @@ impl Drop for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_panic_costs_one_answer() {
+        let router = Router::new().route("/", axum::routing::get(async || -> &str { panic!("on purpose") }));
+        let place = Table::new(1).admit(ip(1)).unwrap();
+        let request = hyper::Request::builder().uri("/").body(axum::body::Body::empty()).unwrap();
+        let answered = answer(router, request, SocketAddr::new(ip(1), 1), &place).await.unwrap();
+        assert_eq!(answered.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(place.table.lock().open[&place.id].idle_since.is_some(), "the place is idle again");
+    }
 
     fn ip(last: u8) -> IpAddr {
         IpAddr::from([10, 0, 0, last])

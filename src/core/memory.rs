@@ -108,6 +108,7 @@ impl Memory {
         self.enforced = None;
         self.doubtful_sync = false;
         self.stalled.clear();
+        self.streamed.clear();
         self.election = None;
         self.promoted = None;
         self.promotion_failed = None;
@@ -120,6 +121,15 @@ impl Memory {
             self.stalled = BTreeMap::new();
             return;
         };
+        self.streamed = primary
+            .replicas
+            .iter()
+            .filter(|replica| replica.state == "streaming")
+            .filter_map(|replica| {
+                let (id, term) = parse_walreceiver_name(&replica.application_name)?;
+                (term == self.term).then(|| (id.name, (replica.flushed.unwrap_or_default(), now)))
+            })
+            .collect();
         for id in &claim.members {
             let streams = primary.replicas.iter().any(|replica| {
                 replica.state == "streaming"

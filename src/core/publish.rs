@@ -1,13 +1,21 @@
 //! What a member says of itself in the store, and when.
 
 use super::plan::{Plan, Step};
-use super::records::{DataSummary, JobProgress, Key, MemberRecord, Role, Transaction, Write};
+use super::records::{DataSummary, JobProgress, Key, LeaderState, MemberRecord, Role, Transaction, Write};
 use super::rules::Facts;
+use super::time::Moment;
 use super::view::{DataDirectory, GuardState, JobKind, LocalPostgres, Receiver, View};
 
 /// Publishes on every change that others act on, and at least every `member.publish`.
 pub fn step(view: &View, plan: &Plan) -> Option<Step> {
     let facts = Facts::of(view)?;
+    // In the middle of a change of leader every millisecond counts and nobody reads it.
+    let changing = facts.records.init.value().is_some()
+        && facts.leader.is_some_and(|l| !matches!(l.value.state, LeaderState::Held));
+    let recent = |at: &Moment| view.now.since(*at) < view.policy.member_publish;
+    if changing && view.memory.published.as_ref().is_some_and(|(at, _)| recent(at)) {
+        return None;
+    }
     let mut record = record(view, plan);
     let due = match &view.memory.published {
         None => true,
@@ -27,13 +35,19 @@ pub fn step(view: &View, plan: &Plan) -> Option<Step> {
     })
 }
 
+/// A receiver that comes and goes is told with the next regular publication: when a primary dies, its standbys have more
+/// urgent things to write.
+fn settled(state: &str) -> String {
+    if state == "streaming" { "running".to_owned() } else { state.to_owned() }
+}
+
 /// Positions and sentences alone are not worth a write of their own.
 fn changed(before: &MemberRecord, now: &MemberRecord) -> bool {
     let relevant = |r: &MemberRecord| {
         (
-            (r.incarnation, r.start_counter, r.data.clone(), r.role, r.state.clone()),
+            (r.incarnation, r.start_counter, r.data.clone(), r.role, settled(&r.state)),
             (r.timeline, r.term, r.host.clone(), r.port, r.tags.clone()),
-            (r.pending_restart, r.job.as_ref().map(|j| j.what.clone()), r.rule.clone()),
+            (r.pending_restart, r.job.as_ref().map(|j| j.what.clone())),
         )
     };
     relevant(before) != relevant(now)

@@ -303,6 +303,8 @@ pub struct Memory {
     pub releases: Option<SeenRelease>,
     /// Since when each member of the published set has not streamed, as this leader saw it.
     pub stalled: BTreeMap<MemberName, Moment>,
+    /// Standbys that streamed from here when PostgreSQL was last seen as a primary, and how far each had flushed.
+    pub streamed: BTreeMap<MemberName, (Lsn, Moment)>,
     /// Beats of the other members and when each was last seen to change.
     pub beats: BTreeMap<MemberName, (u64, Moment)>,
     /// The rule that a barrier confirmed under the present term; `None`: unknown.
@@ -319,6 +321,8 @@ pub struct Memory {
     pub promoted: Option<(Term, Moment)>,
     /// Crashes of PostgreSQL within the window, by start number.
     pub crashes: Vec<(u64, Moment)>,
+    /// Whom PostgreSQL was last started to follow.
+    pub started: Option<Follow>,
     pub rejoin_failures: u32,
     /// Nothing of this kind is tried again before.
     pub retry_after: Option<Moment>,
@@ -348,6 +352,9 @@ pub struct Durable {
     pub highest_sync_term: Term,
     pub store_id: u64,
     pub store_revision: i64,
+    /// The data were copied or rewound from another member and have not been consistent since: they need WAL that only a
+    /// leader has, so PostgreSQL is started following one, never parked.
+    pub must_follow: bool,
 }
 
 /// Since when the store shows the same lease.

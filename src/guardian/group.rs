@@ -130,10 +130,8 @@ impl ControlGroup {
     }
 
     pub fn create(path: &Path) -> io::Result<ControlGroup> {
-        match fs::create_dir(path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => ControlGroup::open(path),
-        }
+        make_directory(path)?;
+        ControlGroup::open(path)
     }
 
     pub fn open(path: &Path) -> io::Result<ControlGroup> {
@@ -155,10 +153,8 @@ impl ControlGroup {
 
     /// Moves this process into a control group of its own.
     pub fn enter(path: &Path) -> io::Result<()> {
-        match fs::create_dir(path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => fs::write(path.join("cgroup.procs"), "0"),
-        }
+        make_directory(path)?;
+        fs::write(path.join("cgroup.procs"), "0")
     }
 
     pub fn path(&self) -> &Path {
@@ -208,5 +204,12 @@ impl ControlGroup {
         }
         // Populated without a listed process: somebody is on the way out.
         Ok(Found { running: u32::try_from(members.max(1)).unwrap_or(u32::MAX), uninterruptible: 0 })
+    }
+}
+
+fn make_directory(path: &Path) -> io::Result<()> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
     }
 }

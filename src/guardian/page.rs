@@ -110,7 +110,7 @@ impl Page {
             }
             fence(Ordering::Acquire);
             let after = counter.load(Ordering::Relaxed);
-            if before == after && before % 2 == 0 {
+            if before == after && before.is_multiple_of(2) {
                 return (before != 0).then_some(values);
             }
             std::hint::spin_loop();

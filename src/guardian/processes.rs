@@ -133,6 +133,8 @@ fn entry(entries: &[u8], at: usize) -> Option<(Option<i32>, usize)> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+
     use super::*;
 
     #[test]
@@ -145,10 +147,10 @@ mod tests {
     #[test]
     fn finds_children_and_grandchildren_but_not_itself_or_the_spared_one() {
         let mut command = std::process::Command::new("sh");
-        let mut shell =
-            command.args(["-c", "sleep 60 & echo; wait"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        command.args(["-c", "sleep 60 & echo; wait"]).stdout(std::process::Stdio::piped());
+        let mut shell = command.spawn().unwrap();
         // The line comes after the shell forked.
-        std::io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        shell.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
         let pid = i32::try_from(shell.id()).unwrap();
         let mut processes = Processes::open().unwrap();
         assert_eq!(processes.descendants(pid, None, false).unwrap().all(), 1);

@@ -96,8 +96,17 @@ struct Armed {
 struct Postgres {
     pid: i32,
     process: OwnedFd,
-    /// Until the exec: where a failure is told, and who asked.
-    starting: Option<(OwnedFd, u64, u64)>,
+    /// Until the exec.
+    starting: Option<Starting>,
+    /// There was none: why, and who has to hear it.
+    failed: Option<(String, u64, u64)>,
+}
+
+/// Where a failure of the start is told, and who asked for it.
+struct Starting {
+    failure: OwnedFd,
+    serial: u64,
+    id: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -192,8 +201,7 @@ impl Guardian {
         fds[EVENTS] = (self.group.control().map(|control| control.events()), PollFlags::POLLPRI);
         fds[AGENT].0 = state.attachment.as_ref().map(|a| a.agent.as_fd());
         fds[SECOND].0 = self.second.as_ref().map(|second| second.as_fd());
-        fds[STARTING].0 =
-            state.postgres.as_ref().and_then(|p| p.starting.as_ref()).map(|(failure, ..)| failure.as_fd());
+        fds[STARTING].0 = state.postgres.as_ref().and_then(|p| p.starting.as_ref()).map(|s| s.failure.as_fd());
         for (slot, connection) in state.connections.iter().enumerate() {
             fds[FIRST_CONNECTION + slot].0 = connection.as_ref().map(|c| c.socket.as_fd());
         }
@@ -368,6 +376,9 @@ impl Guardian {
         self.state.grace_until = if how == How::Code(0) { now.boottime + ORDERLY_GRACE } else { 0 };
         self.state.exit = Some(Exit { start_number: self.state.start_number, how });
         log(format_args!("postmaster {} ended: {how:?}", postgres.pid));
+        if let Some((why, serial, id)) = postgres.failed {
+            self.answer(serial, id, &Answer::Refused { why, status: self.status() });
+        }
     }
 
     fn start(&mut self, serial: u64, id: u64, start: &wire::Start<'_>) -> Result<(), Refusal> {
@@ -387,25 +398,28 @@ impl Guardian {
         let Started { pid, process, failure } = launch::start(&program, self.group.control(), &self.oom_score)
             .map_err(|error| format!("start postgresql: {error}"))?;
         log(format_args!("start {}: postmaster {pid}", self.state.start_number));
-        self.state.postgres = Some(Postgres { pid, process, starting: Some((failure, serial, id)) });
+        self.state.postgres =
+            Some(Postgres { pid, process, starting: Some(Starting { failure, serial, id }), failed: None });
         Ok(())
     }
 
-    /// The child became PostgreSQL (the pipe closed at exec) or said why it could not.
+    /// The child became PostgreSQL (the pipe closed at exec) or said why it could not; then it is about to end, and the
+    /// answer waits for that, so that whoever hears it can start again.
     fn start_is_over(&mut self) {
-        let Some((failure, serial, id)) = self.state.postgres.as_mut().and_then(|p| p.starting.take()) else { return };
+        let Some(postgres) = &mut self.state.postgres else { return };
+        let Some(Starting { failure, serial, id }) = postgres.starting.take() else { return };
         let mut text = [0; 400];
-        let answer = match nix::unistd::read(&failure, &mut text) {
-            Ok(0) => Answer::Done(self.status()),
-            Ok(length) => {
+        match nix::unistd::read(&failure, &mut text) {
+            Ok(length) if length > 0 => {
                 let why = String::from_utf8_lossy(&text[..length]).into_owned();
                 log(format_args!("start {}: {why}", self.state.start_number));
-                Answer::Refused { why, status: self.status() }
+                postgres.failed = Some((why, serial, id));
             }
-            // Ended before it could say anything.
-            Err(error) => Answer::Refused { why: format!("no word from it: {error}"), status: self.status() },
-        };
-        self.answer(serial, id, &answer);
+            _ => {
+                let answer = Answer::Done(self.status());
+                self.answer(serial, id, &answer);
+            }
+        }
     }
 }
 

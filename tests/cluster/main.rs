@@ -3,3 +3,4 @@
 #![allow(clippy::unwrap_used, reason = "a test that panics has done its job")]
 
 mod harness;
+mod postgres_adapter;

@@ -9,10 +9,10 @@ use pgvigil::agent::status::Status;
 use pgvigil::api::testing::{StandingClock, published};
 use pgvigil::api::{Accepted, Api, ApiRequest, ROUTES, Refusal, openapi_document, serve};
 use pgvigil::config::{ApiConfig, Secret};
-use pgvigil::core::ClusterName;
-use pgvigil::core::records::{ClusterRecords, Keyed, Operation, Outcome, Request};
+use pgvigil::core::records::{ClusterRecords, HistoryRecord, Keyed, Operation, Outcome, Request, TimelineReservation};
 use pgvigil::core::testing::{Cluster, cluster, idle, lag, secs};
 use pgvigil::core::view::{Store, View};
+use pgvigil::core::{ClusterName, Lsn, Term, TimelineId};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -132,6 +132,11 @@ fn parse(text: &str) -> Reply {
     Reply { status, headers: head.to_ascii_lowercase(), body: body.to_owned() }
 }
 
+fn metric(text: &str, name: &str) -> f64 {
+    let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+    line.rsplit_once(' ').unwrap().1.parse().unwrap()
+}
+
 fn with_request(id: &str, outcome: Option<Outcome>) -> View {
     let value = Request {
         id: id.to_owned(),
@@ -139,6 +144,7 @@ fn with_request(id: &str, outcome: Option<Outcome>) -> View {
         asked_by: "test".to_owned(),
         at_unix_ms: 1,
         timeout_ms: 1_000,
+        began: None,
         outcome,
     };
     let add = |records: &mut ClusterRecords| {
@@ -238,6 +244,55 @@ async fn patronis_documents_have_patronis_shape() {
     assert_eq!(server.get("/config").await.json()["synchronous_mode"], "quorum");
     assert_eq!(server.send("PATCH", "/config", "", "{}").await.status, 501);
     assert_eq!(server.get("/history").await.json(), json!([]));
+}
+
+#[tokio::test]
+async fn the_history_tells_who_took_over_where_and_why() {
+    let change = |records: &mut ClusterRecords| {
+        let reservation = TimelineReservation { term: Term(4), parent: TimelineId(1), switch: Lsn(0x100) };
+        records.timelines.insert(TimelineId(3), reservation);
+        let first = HistoryRecord {
+            term: Term(1),
+            leader: "b".parse().unwrap(),
+            timeline: TimelineId(1),
+            switch: None,
+            reason: "created the cluster".to_owned(),
+            at_unix_ms: 0,
+            phases_ms: Default::default(),
+        };
+        let second = HistoryRecord {
+            term: Term(4),
+            leader: "a".parse().unwrap(),
+            timeline: TimelineId(3),
+            switch: Some(Lsn(0x100)),
+            reason: "b was silent".to_owned(),
+            ..first.clone()
+        };
+        records.history.extend([(Term(1), first), (Term(4), second)]);
+    };
+    let server = start(healthy().records(change).seen_by("b")).await;
+    let expected = json!([[1, 256, "b was silent", "1970-01-01T00:00:00.000000+00:00", "a"]]);
+    assert_eq!(server.get("/history").await.json(), expected);
+}
+
+#[tokio::test]
+async fn waiting_for_outcomes_does_not_take_every_connection() {
+    let server = start_with(with_request("r1", None), |config| config.max_connections = 8).await;
+    let mut waiting = Vec::new();
+    for _ in 0..2 {
+        let mut stream = server.connect().await;
+        stream.write_all(b"GET /v1/requests/r1?wait_ms=60000 HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        waiting.push(stream);
+    }
+    // Both are under way; each look at the metrics is a request more.
+    let mut looks = 1.0;
+    while metric(&server.get("/metrics").await.body, "pgvigil_api_requests_total ") < 2.0 + looks {
+        looks += 1.0;
+    }
+    for _ in 0..20 {
+        assert_eq!(server.get("/v1/requests/r1?wait_ms=60000").await.json()["state"], "waiting");
+        assert_eq!(server.get("/primary").await.status, 200);
+    }
 }
 
 #[tokio::test]
@@ -350,7 +405,6 @@ async fn an_operation_is_accepted_and_followed_to_its_outcome() {
     assert_eq!(server.get("/v1/requests/r1").await.json()["state"], "waiting");
     let waiting = server.get("/v1/requests/r1?wait_ms=20000");
     let done = async {
-        tokio::time::sleep(Duration::from_millis(50)).await;
         server.publish(with_request("r1", Some(Outcome::Done { message: "b leads".to_owned() })));
     };
     let (reply, ()) = tokio::join!(waiting, done);
@@ -528,12 +582,8 @@ async fn a_thousand_silent_connections_starve_nobody() {
     }
     assert_eq!(server.get("/primary").await.status, 200);
     let metrics = server.get("/metrics").await.body;
-    let value = |name: &str| {
-        let line = metrics.lines().find(|line| line.starts_with(name)).unwrap();
-        line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap()
-    };
-    assert!(value("pgvigil_api_connections ") <= 50.0);
-    assert!(value("pgvigil_api_connections_evicted_total") >= 950.0);
+    assert!(metric(&metrics, "pgvigil_api_connections ") <= 50.0);
+    assert!(metric(&metrics, "pgvigil_api_connections_evicted_total ") >= 950.0);
     // The oldest were closed.
     assert_eq!(read_to_end(&mut silent[0]).await, "");
 }
@@ -547,10 +597,89 @@ async fn the_end_is_bounded_whoever_is_connected() {
     half.write_all(b"GET /pri").await.unwrap();
     let waiting = tokio::spawn(start_post(&server, "/switchover", json!({"leader": "a"})));
     server.accept(Ok(Accepted::New)).await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
     server.shutdown.cancel();
     tokio::time::timeout(Duration::from_secs(5), &mut server.task).await.expect("ends in time").unwrap();
     let reply = waiting.await.unwrap();
     assert_eq!(reply.status, 503);
     assert!(reply.body.contains("status unknown"), "{}", reply.body);
+}
+
+/// The configuration that Patroni's documentation teaches, and the same with HTTP/1.1 and a lag limit. Only where HAProxy
+/// is installed.
+#[tokio::test]
+async fn haproxy_finds_the_primary_and_the_standbys() {
+    if std::process::Command::new("haproxy").arg("-v").output().is_err() {
+        eprintln!("haproxy is not installed: its checks are not tried");
+        return;
+    }
+    let servers =
+        [start(healthy().seen_by("a")).await, start(healthy().seen_by("b")).await, start(healthy().seen_by("c")).await];
+    let lines: String = ["a", "b", "c"]
+        .iter()
+        .zip(&servers)
+        .map(|(n, s)| format!("  server {n} {0} check port {1}\n", s.address, s.address.port()))
+        .collect();
+    let directory = tempfile::tempdir().unwrap();
+    let (file, socket) = (directory.path().join("haproxy.cfg"), directory.path().join("stats"));
+    let backend = |name: &str, check: &str| {
+        format!(
+            "backend {name}\n  {check}\n  http-check expect status 200\n  default-server inter 100ms fall 1 rise 1\n{lines}"
+        )
+    };
+    let config = [
+        format!("global\n  stats socket {} mode 600\n", socket.display()),
+        "defaults\n  mode tcp\n  timeout connect 1s\n  timeout client 1s\n  timeout server 1s\n  timeout check 1s\n"
+            .to_owned(),
+        backend("primary", "option httpchk OPTIONS /primary"),
+        backend("replica", "option httpchk\n  http-check send meth GET uri /replica?lag=1kB ver HTTP/1.1 hdr Host x"),
+        backend("sync", "option httpchk HEAD /sync"),
+    ];
+    std::fs::write(&file, config.concat()).unwrap();
+    let mut haproxy = tokio::process::Command::new("haproxy")
+        .arg("-db")
+        .arg("-f")
+        .arg(&file)
+        .stderr(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let expected = [
+        ("primary", "a", "UP"),
+        ("primary", "b", "DOWN"),
+        ("primary", "c", "DOWN"),
+        ("replica", "a", "DOWN"),
+        ("replica", "b", "UP"),
+    ];
+    let expected = expected.into_iter().chain([
+        ("replica", "c", "DOWN"),
+        ("sync", "a", "DOWN"),
+        ("sync", "b", "UP"),
+        ("sync", "c", "DOWN"),
+    ]);
+    let expected: Vec<_> = expected.map(|(b, s, state)| (format!("{b}/{s}"), state.to_owned())).collect();
+    let seen = async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let states = haproxy_states(&socket).await;
+            if states == expected {
+                return;
+            }
+        }
+    };
+    if tokio::time::timeout(PATIENCE, seen).await.is_err() {
+        panic!("haproxy sees {:?}", haproxy_states(&socket).await);
+    }
+    haproxy.kill().await.unwrap();
+}
+
+/// `backend/server` and its state, without the aggregates.
+async fn haproxy_states(socket: &Path) -> Vec<(String, String)> {
+    let Ok(mut stream) = tokio::net::UnixStream::connect(socket).await else { return Vec::new() };
+    stream.write_all(b"show stat\n").await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    let rows = text.lines().filter(|line| !line.starts_with('#')).map(|line| line.split(',').collect::<Vec<_>>());
+    let rows = rows.filter(|row| row.len() > 17 && !["FRONTEND", "BACKEND"].contains(&row[1]));
+    // The state may be followed by `1/2` while it is about to change.
+    rows.map(|row| (format!("{}/{}", row[0], row[1]), row[17].split(' ').next().unwrap().to_owned())).collect()
 }

@@ -79,7 +79,8 @@ impl Rig {
     }
 
     async fn all_dead(&self) {
-        wait_until("every process is dead", || self.alive() == 0).await;
+        // A look at /proc is not atomic: one that was just forked may be missed once.
+        wait_until("every process is dead", || (0..3).all(|_| self.alive() == 0)).await;
     }
 
     async fn state(&self) -> GuardState {
@@ -470,9 +471,9 @@ async fn a_start_that_cannot_be_is_refused_with_the_reason() {
     launch.program = "/nonexistent/postgres".into();
     let why = refused(rig.fence.start(&launch).await);
     assert!(why.contains("/nonexistent/postgres") && why.contains("ENOENT"), "{why}");
+    rig.idle().await;
     launch.program = "postgres".into();
     assert!(refused(rig.fence.start(&launch).await).contains("absolute path"));
-    wait_for_status(&rig, |status| status.postmaster == 0 && status.survivors == 0).await;
     rig.fence.start(&rig.launch("exit 3")).await.unwrap();
     let begin = Instant::now();
     while rig.idle().await.unwrap().how != "exit code 3" {
@@ -498,10 +499,13 @@ async fn postgresql_runs_as_its_user_with_its_groups_and_a_clean_slate() {
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(&lines[..2], ["65534", "65534"], "{text}");
     assert!(lines[2] == "65534 12" || lines[2] == "12 65534", "{text}");
-    assert!(lines[3].ends_with("\t0000000000000000") && lines[4].ends_with("\t0000000000000000"), "{text}");
+    // But for signals 32 and 33, which the C library keeps for itself and leaves as it found them.
+    assert!(lines[3].ends_with("\t0000000000000000"), "{text}");
+    assert!(lines[4].ends_with("\t0000000000000000") || lines[4].ends_with("\t0000000180000000"), "{text}");
     assert!(!text.contains("CARGO"), "the environment is the given one only: {text}");
     // Input, output, errors, and ls's own.
     assert_eq!(lines.last(), Some(&"4"), "{text}");
+    assert!(rig.idle().await.unwrap().orderly);
 }
 
 // === The guardian itself ===
@@ -628,6 +632,27 @@ async fn with_guardian_and_second_both_dead_the_agent_kills_the_control_group() 
     rig.all_dead().await;
     rig.fence.attach().await.unwrap();
     rig.guardian = rig.fence.details().await.unwrap().guardian;
+}
+
+#[tokio::test]
+async fn a_new_guardian_kills_what_a_dead_one_left() {
+    let mut rig = Rig::new(true).await;
+    if !rig.fence.status().await.control_group {
+        eprintln!("skipped: no control group to be had here");
+        return;
+    }
+    rig.start_tree().await;
+    let fresh = GuardianFence::new(rig.options.clone());
+    rig.fence = fresh;
+    let second = parent_of(rig.guardian).unwrap();
+    kill(Pid::from_raw(second), Signal::SIGKILL).unwrap();
+    kill(Pid::from_raw(rig.guardian), Signal::SIGKILL).unwrap();
+    wait_until("the guardian is gone", || !is_process(rig.guardian, "pgvigil-guard")).await;
+    assert!(rig.alive() >= 1, "PDEATHSIG reaches the postmaster only");
+    rig.fence.attach().await.unwrap();
+    rig.guardian = rig.fence.details().await.unwrap().guardian;
+    rig.all_dead().await;
+    assert_eq!(rig.idle().await, None);
 }
 
 #[tokio::test]

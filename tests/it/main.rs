@@ -8,6 +8,7 @@ mod config;
 mod dcs_contract;
 mod decide;
 mod guardian;
+mod guardian_postgresql;
 mod layers;
 mod support;
 mod toy;

@@ -284,8 +284,6 @@ impl Toy {
             Pg::Down => GuardState::Idle { exit: m.exit.clone() },
             Pg::Standby { .. } | Pg::Primary { .. } => GuardState::Running { postmaster: 1, armed: m.armed },
         };
-        let slots = self.policy.k; // any number: the toy's slots are always right
-        let _ = slots;
         let postgres = match &m.pg {
             Pg::Down => LocalPostgres::Down,
             Pg::Standby { timeline, history, replayed, follows } => LocalPostgres::Standby(StandbyFacts {
@@ -368,6 +366,10 @@ impl Toy {
         // A view is what an incident is replayed from: it survives the way through JSON.
         let text = serde_json::to_string(&view).unwrap();
         assert_eq!(decide(&serde_json::from_str::<View>(&text).unwrap()), plan, "equal views give equal plans");
+        if std::env::var_os("TOY_TRACE").is_some() && self.members[n].last.as_ref().map(|p| &p.rule) != Some(&plan.rule)
+        {
+            eprintln!("{} {n} {}: {}", self.now.raw / 1_000_000, plan.rule, plan.reason);
+        }
         self.members.get_mut(n).unwrap().last = Some(plan.clone());
         for step in &plan.steps {
             if !self.execute(n, step) {
@@ -419,7 +421,10 @@ impl Toy {
                 };
             }
             Step::Join { system_identifier } => m.me.system_identifier = Some(*system_identifier),
-            Step::NewIncarnation => m.me.id.incarnation = Incarnation(m.me.id.incarnation.0 + 100),
+            Step::NewIncarnation => {
+                m.me.id.incarnation = Incarnation(m.me.id.incarnation.0 + 100);
+                m.memory.durable.must_follow = true;
+            }
             Step::ForgetCrashes => m.memory.crashes.clear(),
             Step::KeepLease { term, leader_revision } => {
                 (m.kept, m.memory.kept_revision) = (Some(*leader_revision), Some(*leader_revision));
@@ -433,8 +438,14 @@ impl Toy {
             Step::Kill => m.die("killed by the guardian: asked"),
             Step::Disarm => m.armed = None,
             Step::Start { follow } => {
+                assert!(
+                    follow.is_some() || !m.memory.durable.must_follow,
+                    "copied data never become consistent parked"
+                );
                 m.armed = None;
                 m.starts += 1;
+                m.memory.started = follow.clone();
+                m.memory.durable.must_follow = false;
                 let (timeline, history, at) = m.disk.clone();
                 m.pg = Pg::Standby { timeline, history, replayed: at, follows: follow.clone() };
             }

@@ -6,7 +6,7 @@ use crate::core::memory::retry_delay;
 use crate::core::names::MemberName;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::{LeaderRecord, LeaderState, Operation, Outcome};
-use crate::core::timeline::{History, TimelineId};
+use crate::core::timeline::{History, Term, TimelineId};
 use crate::core::view::{DataDirectory, LocalPostgres, Receiver, StandbyFacts, View};
 
 /// So many attempts at rejoining, then a person is asked.
@@ -35,8 +35,8 @@ pub fn rule(view: &View) -> Option<Plan> {
     }
     let failures = view.memory.crashes.len();
     Some(match &view.local.postgres {
-        LocalPostgres::Down => start(&facts, failures),
-        LocalPostgres::Starting { why } => Plan::new("follow.starting", format!("PostgreSQL is starting ({why})")),
+        LocalPostgres::Down => start(&facts, failures, &upstream, leader.value.term),
+        LocalPostgres::Starting { why } => starting(&facts, why, &upstream, leader.value.term),
         LocalPostgres::Standby(standby) => follow(&facts, &leader.value, standby, upstream, timeline, switch),
         LocalPostgres::Primary(_) | LocalPostgres::Unknown { .. } => {
             Plan::new("follow.wait", "PostgreSQL here is not a standby")
@@ -58,7 +58,21 @@ fn upstream(record: &LeaderRecord) -> Option<(MemberName, TimelineId, Option<(Ti
     }
 }
 
-fn start(facts: &Facts<'_>, failures: usize) -> Plan {
+/// Data that were copied or rewound reach consistency only by the leader's WAL; when that leader is gone, by the next one's.
+fn starting(facts: &Facts<'_>, why: &str, upstream: &MemberName, term: Term) -> Plan {
+    let wanted = facts.follow(upstream, term);
+    let started = &facts.view.memory.started;
+    if facts.view.memory.durable.must_follow && wanted.is_some() && *started != wanted {
+        return Plan::new(
+            "follow.restart",
+            format!("not consistent yet and its leader is gone: starting it after {upstream}"),
+        )
+        .step(Step::Stop { timeout: facts.view.policy.stop_timeout });
+    }
+    Plan::new("follow.starting", format!("PostgreSQL is starting ({why})"))
+}
+
+fn start(facts: &Facts<'_>, failures: usize, upstream: &MemberName, term: Term) -> Plan {
     let view = facts.view;
     let limit = view.policy.crash_max_restarts as usize;
     if failures > limit {
@@ -81,6 +95,16 @@ fn start(facts: &Facts<'_>, failures: usize) -> Plan {
             )
             .wake_at(at);
         }
+    }
+    if view.memory.durable.must_follow {
+        return match facts.follow(upstream, term) {
+            Some(follow) => Plan::new(
+                "follow.start_following",
+                format!("copied from another member: starting PostgreSQL after {upstream}"),
+            )
+            .step(Step::Start { follow: Some(follow) }),
+            None => Plan::new("follow.address", format!("the address of {upstream} is not known yet")),
+        };
     }
     // Always parked first: a position before recovery is not a position, and only the end of our own WAL tells whether it
     // lies on the leader's history.

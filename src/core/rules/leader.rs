@@ -1,5 +1,6 @@
 //! This member holds the term and published itself: keep PostgreSQL read-write, or say that it is not.
 
+use std::cmp::Reverse;
 use std::time::Duration;
 
 use super::{Facts, duties};
@@ -9,10 +10,11 @@ use crate::core::plan::{HandOver, Plan, Step};
 use crate::core::records::{
     Durability, Key, Keyed, LeaderRecord, LeaderState, Operation, Outcome, Request, Transaction, Write,
 };
+use crate::core::time::Moment;
 use crate::core::timeline::Term;
-use crate::core::view::{LocalPostgres, PrimaryFacts, View};
+use crate::core::view::{GuardState, LocalPostgres, PrimaryFacts, View};
 
-/// A standby that was heard of within this time can take over at once.
+/// A standby that streamed from here within this time can take over at once.
 const READY_WITHIN: Duration = Duration::from_secs(4);
 
 pub fn rule(view: &View) -> Option<Plan> {
@@ -27,6 +29,9 @@ pub fn rule(view: &View) -> Option<Plan> {
         LocalPostgres::Down => crashed(&facts, mine, "PostgreSQL ended"),
         LocalPostgres::Standby(_) => crashed(&facts, mine, "PostgreSQL runs as a standby"),
         LocalPostgres::Starting { why } => crashed_or_wait(&facts, mine, why),
+        LocalPostgres::Unknown { .. } if matches!(view.local.guard.state, GuardState::Survivors { .. }) => {
+            crashed(&facts, mine, "PostgreSQL is dying")
+        }
         LocalPostgres::Unknown { why } => Plan::new(
             "leader.unknown",
             format!("leading term {term}; PostgreSQL does not answer ({why}): nothing is changed"),
@@ -54,7 +59,7 @@ fn primary_plan(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &Primary
 // === When PostgreSQL is gone under a held term ===
 
 fn crashed_or_wait(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, why: &str) -> Plan {
-    let armed = matches!(facts.view.local.guard.state, crate::core::view::GuardState::Running { armed: Some(_), .. });
+    let armed = matches!(facts.view.local.guard.state, GuardState::Running { armed: Some(_), .. });
     if armed {
         return Plan::new("leader.starting", format!("PostgreSQL does not accept connections ({why})"));
     }
@@ -116,23 +121,26 @@ fn in_place(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, term: Term, what: &st
         ))
 }
 
-/// A standby that streamed when PostgreSQL was last seen, and whose agent speaks. Positions are judged by its seal.
+/// A standby that streamed when PostgreSQL was last seen here, and whose agent speaks. Its seal judges its position.
 fn ready_standby(facts: &Facts<'_>) -> Option<MemberName> {
     let view = facts.view;
     let claim = facts.records.sync.value()?;
-    let candidates = facts.records.members.iter().filter(|(name, m)| {
-        **name != facts.me().name
-            && m.value.tags.may_lead()
-            && m.value.state == "streaming"
-            && view
-                .memory
-                .beats
-                .get(*name)
-                .is_some_and(|(_, seen)| view.now.since(*seen) < READY_WITHIN.max(view.policy.member_publish * 2))
-            && (claim.mode == Durability::Async || claim.members.iter().any(|id| id.name == **name))
-    });
-    candidates
-        .max_by_key(|(name, m)| (m.value.tags.failover_priority, m.value.received, std::cmp::Reverse((*name).clone())))
+    let ready = |name: &MemberName, last_seen: Moment| {
+        let tags = facts.records.members.get(name).map(|m| &m.value.tags);
+        *name != facts.me().name
+            && tags.is_some_and(|tags| tags.may_lead())
+            && facts.is_there(name)
+            && view.now.since(last_seen) < READY_WITHIN
+            && (claim.mode == Durability::Async || claim.members.iter().any(|id| id.name == *name))
+    };
+    view.memory
+        .streamed
+        .iter()
+        .filter(|(name, (_, last_seen))| ready(name, *last_seen))
+        .max_by_key(|(name, (flushed, _))| {
+            let priority = facts.records.members.get(*name).map(|m| m.value.tags.failover_priority);
+            (priority, *flushed, Reverse((*name).clone()))
+        })
         .map(|(name, _)| name.clone())
 }
 
@@ -196,7 +204,7 @@ pub fn best_standby(
     let term = facts.view.memory.term;
     let claim = facts.records.sync.value().ok_or("the key `sync` cannot be read")?;
     let mut refused = Vec::new();
-    let mut best: Option<(u32, crate::core::Lsn, std::cmp::Reverse<MemberName>)> = None;
+    let mut best: Option<(u32, crate::core::Lsn, Reverse<MemberName>)> = None;
     for (name, member) in &facts.records.members {
         if *name == facts.me().name || wanted.is_some_and(|w| w != name) {
             continue;
@@ -222,14 +230,14 @@ pub fn best_standby(
         } else if lag > facts.view.policy.max_lag {
             no(format!("is {lag} bytes behind, election.max_lag is {}", facts.view.policy.max_lag));
         } else {
-            let place = (member.value.tags.failover_priority, flushed, std::cmp::Reverse(name.clone()));
+            let place = (member.value.tags.failover_priority, flushed, Reverse(name.clone()));
             if best.as_ref().is_none_or(|b| place > *b) {
                 best = Some(place);
             }
         }
     }
     match (best, wanted) {
-        (Some((_, _, std::cmp::Reverse(name))), _) => Ok(name),
+        (Some((_, _, Reverse(name))), _) => Ok(name),
         (None, Some(wanted)) if refused.is_empty() => {
             Err(format!("{wanted} is not a member of this cluster; members are {}", list(facts.records.members.keys())))
         }

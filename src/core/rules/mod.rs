@@ -79,7 +79,9 @@ impl<'a> Facts<'a> {
 
     /// The step that starts PostgreSQL following nobody, when it is down and may be started.
     pub fn start_parked(&self) -> Option<Step> {
-        matches!(self.view.local.postgres, LocalPostgres::Down).then_some(Step::Start { follow: None })
+        // Copied or rewound data would wait for ever for WAL that only a leader has.
+        let parks = !self.view.memory.durable.must_follow;
+        (parks && matches!(self.view.local.postgres, LocalPostgres::Down)).then_some(Step::Start { follow: None })
     }
 
     pub fn commit(&self, what: impl Into<String>, transaction: Transaction) -> Step {

@@ -16,6 +16,12 @@ pub fn rule(view: &View) -> Option<Plan> {
             format!("{coordinator} elects for term {term}; there is no data here to seal"),
         ));
     }
+    if view.memory.durable.must_follow {
+        let why = format!(
+            "{coordinator} elects for term {term}; what was copied here is not consistent yet and seals nothing"
+        );
+        return Some(Plan::new("seal.copied", why));
+    }
     let sealed = facts
         .records
         .seals

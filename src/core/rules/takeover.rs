@@ -29,6 +29,10 @@ pub fn rule(view: &View) -> Option<Plan> {
         // Nothing to stand with: the clone waits for a leader.
         return None;
     }
+    if view.memory.durable.must_follow {
+        // Not consistent without its leader's WAL: of no use in an election.
+        return None;
+    }
     let wait = |why: String| Some(Plan::new("takeover.wait", format!("{since}; {why}")).steps(facts.start_parked()));
     if view.me.tags.nofailover || view.me.tags.failover_priority == 0 {
         return wait("this member is tagged nofailover and does not stand".to_owned());

@@ -3,7 +3,7 @@
 use super::Facts;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::Entry;
-use crate::core::view::{DataDirectory, LocalPostgres, Store, View};
+use crate::core::view::{DataDirectory, GuardState, LocalPostgres, Store, View};
 
 /// The store cannot be read.
 pub fn store(view: &View) -> Option<Plan> {
@@ -14,6 +14,7 @@ pub fn store(view: &View) -> Option<Plan> {
     // A standby that follows nobody can be started without asking anybody (S8).
     if matches!(view.local.postgres, LocalPostgres::Down)
         && matches!(view.local.data, DataDirectory::Present { .. })
+        && !view.memory.durable.must_follow
         && !view.stopping
     {
         plan = plan.step(Step::Start { follow: None });
@@ -67,6 +68,8 @@ pub fn local(view: &View) -> Option<Plan> {
         ));
     }
     match &view.local.postgres {
+        // The guardian knows more than PostgreSQL can say: the rules of the leader go by it.
+        LocalPostgres::Unknown { .. } if matches!(view.local.guard.state, GuardState::Survivors { .. }) => None,
         LocalPostgres::Unknown { why } => {
             Some(Plan::new("postgres.unknown", format!("PostgreSQL does not answer ({why}): nothing is changed")))
         }

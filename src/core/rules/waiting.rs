@@ -2,7 +2,7 @@
 
 use super::Facts;
 use crate::core::plan::{Plan, Step};
-use crate::core::records::{Operation, Outcome};
+use crate::core::records::{LeaderState, Operation, Outcome};
 use crate::core::view::{GuardState, LocalPostgres, View};
 
 pub fn job(view: &View) -> Option<Plan> {
@@ -17,12 +17,12 @@ pub fn guardian(view: &View) -> Option<Plan> {
             "guardian.absent",
             format!("no guardian answers ({why}): starting one before anything else"),
         )),
-        GuardState::Survivors { count } => Some(Plan::new(
-            "guardian.survivors",
-            format!(
-                "waiting for {count} killed processes in uninterruptible I/O to go away before PostgreSQL is started"
-            ),
-        )),
+        GuardState::Survivors { count } => {
+            // A leader does not wait to say that it is finished: only a *start* waits for the last process.
+            let leads = Facts::of(view).is_some_and(|f| f.mine().is_some_and(|l| l.value.state == LeaderState::Held));
+            let why = format!("waiting for the last {count} processes of PostgreSQL to go away before it is started");
+            (!leads).then(|| Plan::new("guardian.survivors", why))
+        }
         GuardState::Idle { .. } | GuardState::Running { .. } => None,
     }
 }
@@ -34,7 +34,9 @@ pub fn restart(view: &View) -> Option<Plan> {
     let request = &facts.records.requests.get(&operation.id)?.value;
     let given_up = view.memory.crashes.len() > view.policy.crash_max_restarts as usize;
     let down = matches!(view.local.postgres, LocalPostgres::Down);
-    if !matches!(request.what, Operation::Restart { .. }) || !(down || given_up) {
+    // Begun: the leader stopped PostgreSQL to restart it, and the election in place answers.
+    let begun = request.began.is_some();
+    if !matches!(request.what, Operation::Restart { .. }) || begun || !(down || given_up) {
         return None;
     }
     let message = "earlier crashes are forgotten; PostgreSQL is started by the next decision".to_owned();

@@ -35,6 +35,8 @@ impl Failure {
 /// What the sentences are made of.
 pub struct About<'a> {
     pub endpoint: &'a str,
+    /// It has answered us before, so the settings fit it.
+    pub answered: bool,
     pub config: &'a EtcdConfig,
     pub root: &'a Root,
 }
@@ -64,7 +66,14 @@ impl About<'_> {
             return misfit;
         }
         if not_connected(status) {
-            return Failure::NotDone(format!("{at}: {}", root_cause(status)));
+            let cause = root_cause(status);
+            // What a server without TLS does, but one that is shutting down does it too.
+            let guess = if cause.contains("handshake eof") && !self.answered {
+                "; if etcd has no TLS, write http:// instead of https://"
+            } else {
+                ""
+            };
+            return Failure::NotDone(format!("{at}: {cause}{guess}"));
         }
         match status.code() {
             // Said by etcd's interceptor, before the request is looked at.
@@ -114,7 +123,7 @@ impl About<'_> {
             | Code::Aborted
             | Code::Internal
             | Code::Unavailable
-            | Code::DataLoss => Failure::Unknown(format!("{at}: {}", root_cause(status))),
+            | Code::DataLoss => Failure::Unknown(format!("{at}: {}{}", root_cause(status), self.suspicion())),
         }
     }
 
@@ -158,6 +167,22 @@ impl About<'_> {
             return None;
         };
         Some(Failure::Misfit(format!("{at}: {remedy} ({cause})")))
+    }
+
+    /// A member that hung up on us and never answered before may not like our settings. It does say so, in a TLS alert that
+    /// gets lost more often than not: with TLS 1.3 it comes when we believe to be connected already.
+    fn suspicion(&self) -> String {
+        if self.answered {
+            return String::new();
+        }
+        let guess = match (&self.config.cert_file, self.endpoint.starts_with("https://")) {
+            (_, false) => "if etcd has TLS, write https:// instead of http://, and set etcd.ca_file".to_owned(),
+            (None, true) => "if it wants a certificate from us, set etcd.cert_file and etcd.key_file".to_owned(),
+            (Some(file), true) => {
+                format!("does it take our certificate {}, signed by the CA in its --trusted-ca-file?", file.display())
+            }
+        };
+        format!("; it never answered yet: {guess}")
     }
 
     fn user(&self) -> &str {

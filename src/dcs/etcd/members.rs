@@ -8,7 +8,6 @@
 //! `try_timeout`, to the next one as well; the first answer counts, a late one too. A write is sent once, and only to a
 //! member that is warm or has just answered a probe.
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
@@ -55,6 +54,8 @@ struct Member {
     /// Made at the first call: with a user it logs in, which needs the member to be up.
     client: Mutex<Option<Client>>,
     warm: AtomicBool,
+    /// Has ever answered.
+    answered: AtomicBool,
     silences: AtomicU32,
 }
 
@@ -79,7 +80,13 @@ impl Members {
                 (false, true) => format!("https://{endpoint}"),
                 (false, false) => format!("http://{endpoint}"),
             };
-            Member { endpoint, client: Mutex::default(), warm: AtomicBool::new(false), silences: AtomicU32::new(0) }
+            Member {
+                endpoint,
+                client: Mutex::default(),
+                warm: AtomicBool::new(false),
+                answered: AtomicBool::new(false),
+                silences: AtomicU32::new(0),
+            }
         };
         let list = config.endpoints.iter().map(member).collect();
         let members = Members { list, preferred: AtomicUsize::new(0), config, root };
@@ -156,13 +163,15 @@ impl Members {
                     if Instant::now() < deadline {
                         continue;
                     }
-                    self.silent_since(&turns, deadline);
+                    // Whoever was asked a moment ago only cannot be said to be silent.
+                    let patience = self.config.try_timeout.min((deadline - begun) / 2);
+                    self.silent_since(&turns, deadline - patience);
                     return Err(self.out_of_time(what, begun, &turns, &failures));
                 }
             };
             let failure = match answer {
                 Ok(value) => {
-                    self.silent_since(&turns, Instant::now() - self.config.try_timeout);
+                    self.silent_since(&turns, Instant::now().checked_sub(self.config.try_timeout).unwrap_or(begun));
                     self.preferred.store(member, Ordering::Relaxed);
                     return Ok((member, value));
                 }
@@ -171,7 +180,7 @@ impl Members {
             };
             failures[member] = Some(failure);
             if failures.iter().all(|f| matches!(f, Some(Failure::Misfit(_)))) {
-                return Err(DcsError::Refused { what: what.to_owned(), why: reasons(&failures) });
+                return Err(DcsError::Refused { what: what.to_owned(), why: self.reasons(&failures) });
             }
             // Ask this one again after a pause, and whoever was not asked yet at once.
             let now = Instant::now();
@@ -207,7 +216,7 @@ impl Members {
                     Ok((member, _)) => member,
                     // Nothing was sent, so this is not an unknown outcome.
                     Err(DcsError::Timeout { what, within }) => {
-                        let why = format!("no etcd member answered within {within:?}; nothing was written");
+                        let why = format!("nobody answered within {within:?}, so nothing was sent");
                         return Err(DcsError::Unavailable { what, why });
                     }
                     Err(error) => return Err(error),
@@ -253,13 +262,13 @@ impl Members {
     {
         let client = self.client(member).await?;
         let answer = call(client).await;
-        self.judge(member, answer).await
+        self.judge(member, answer)
     }
 
     /// What the watch has to say of a member.
-    pub async fn blame(&self, member: usize, error: &Error) -> Failure {
+    pub fn blame(&self, member: usize, error: &Error) -> Failure {
         let failure = self.about(member).classify(error);
-        self.note(member, &failure).await;
+        self.note(member, &failure);
         failure
     }
 
@@ -267,10 +276,7 @@ impl Members {
         self.cold(member);
         let silences = self.list[member].silences.fetch_add(1, Ordering::Relaxed) + 1;
         if silences.is_multiple_of(SILENCES_PER_CONNECTION) {
-            // Taken by somebody who connects right now: that is a new one already.
-            if let Ok(mut client) = self.list[member].client.try_lock() {
-                *client = None;
-            }
+            self.forget_connection(member);
         }
     }
 
@@ -280,7 +286,7 @@ impl Members {
         if let Some(client) = &*client {
             return Ok(client.clone());
         }
-        match self.log_in(self.endpoint(member)).await {
+        match self.log_in(member).await {
             Ok(new) => Ok(client.insert(new).clone()),
             Err(failure) => {
                 // What was not sent is not done, whatever the login's answer is like.
@@ -293,8 +299,8 @@ impl Members {
         }
     }
 
-    async fn log_in(&self, endpoint: &str) -> Result<Client, Failure> {
-        let about = About { endpoint, config: &self.config, root: &self.root };
+    async fn log_in(&self, member: usize) -> Result<Client, Failure> {
+        let (endpoint, about) = (self.endpoint(member), self.about(member));
         let options = self.options(endpoint).map_err(Failure::Refused)?;
         let Some((user, password)) = &self.config.user else {
             return Client::connect([endpoint], Some(options)).await.map_err(|e| about.classify(&e));
@@ -372,39 +378,47 @@ impl Members {
         };
         let mut sent = std::pin::pin!(call(client));
         if let Ok(answer) = timeout_at(patience(), &mut sent).await {
-            return self.judge(member, answer).await;
+            return self.judge(member, answer);
         }
         // Dropping `sent` would take nothing back; it is polled again below until the member is given up.
         let alive = tokio::select! {
-            answer = &mut sent => return self.judge(member, answer).await,
+            answer = &mut sent => return self.judge(member, answer),
             alive = self.probe(member, patience()) => alive.is_ok(),
         };
         if alive && let Ok(answer) = timeout_at(deadline, &mut sent).await {
-            return self.judge(member, answer).await;
+            return self.judge(member, answer);
         }
         Err(Failure::Unknown(silent()))
     }
 
-    async fn judge<T>(&self, member: usize, answer: Result<T, Error>) -> Result<T, Failure> {
+    fn judge<T>(&self, member: usize, answer: Result<T, Error>) -> Result<T, Failure> {
         match answer {
             Ok(value) => {
                 self.list[member].warm.store(true, Ordering::Relaxed);
+                self.list[member].answered.store(true, Ordering::Relaxed);
                 self.list[member].silences.store(0, Ordering::Relaxed);
                 Ok(value)
             }
-            Err(error) => Err(self.blame(member, &error).await),
+            Err(error) => Err(self.blame(member, &error)),
         }
     }
 
-    async fn note(&self, member: usize, failure: &Failure) {
+    fn note(&self, member: usize, failure: &Failure) {
         match failure {
             // Answers: the member is well.
             Failure::Refused(_) => return,
-            Failure::Misfit(_) | Failure::LoggedOut(_) => *self.list[member].client.lock().await = None,
+            Failure::Misfit(_) | Failure::LoggedOut(_) => self.forget_connection(member),
             Failure::NotDone(_) | Failure::Unknown(_) => {}
         }
         tracing::debug!(endpoint = self.endpoint(member), why = failure.why(), "etcd member failed");
         self.cold(member);
+    }
+
+    /// The next call connects anew. When the lock is taken, somebody is doing that right now.
+    fn forget_connection(&self, member: usize) {
+        if let Ok(mut client) = self.list[member].client.try_lock() {
+            *client = None;
+        }
     }
 
     /// Not to be trusted with a write before it answered again; another one is preferred, a warm one if there is one.
@@ -440,16 +454,34 @@ impl Members {
         turns: &[(usize, Turn)],
         failures: &[Option<Failure>],
     ) -> DcsError {
-        let what = what.to_owned();
-        if turns.iter().any(|(_, turn)| matches!(turn, Turn::Asked(_))) {
-            DcsError::Timeout { what, within: begun.elapsed() }
+        if turns.iter().all(|(_, turn)| matches!(turn, Turn::At(_))) {
+            DcsError::Unavailable { what: what.to_owned(), why: self.reasons(failures) }
+        } else if failures.iter().any(Option::is_some) {
+            DcsError::Timeout { what: format!("{what} ({})", self.reasons(failures)), within: begun.elapsed() }
         } else {
-            DcsError::Unavailable { what, why: reasons(failures) }
+            DcsError::Timeout { what: what.to_owned(), within: begun.elapsed() }
         }
     }
 
+    /// `http://a, http://b: connection refused; http://c: no leader`.
+    fn reasons(&self, failures: &[Option<Failure>]) -> String {
+        let mut by_reason: Vec<(&str, Vec<&str>)> = Vec::new();
+        for (member, failure) in failures.iter().enumerate() {
+            let endpoint = self.endpoint(member);
+            let Some(why) = failure.as_ref().map(Failure::why) else { continue };
+            let why = why.strip_prefix(endpoint).and_then(|why| why.strip_prefix(": ")).unwrap_or(why);
+            match by_reason.iter_mut().find(|(known, _)| *known == why) {
+                Some((_, endpoints)) => endpoints.push(endpoint),
+                None => by_reason.push((why, vec![endpoint])),
+            }
+        }
+        let reasons: Vec<String> = by_reason.iter().map(|(why, at)| format!("{}: {why}", at.join(", "))).collect();
+        if reasons.is_empty() { "nobody was asked in time".to_owned() } else { reasons.join("; ") }
+    }
+
     fn about(&self, member: usize) -> About<'_> {
-        About { endpoint: self.endpoint(member), config: &self.config, root: &self.root }
+        let answered = self.list[member].answered.load(Ordering::Relaxed);
+        About { endpoint: self.endpoint(member), answered, config: &self.config, root: &self.root }
     }
 }
 
@@ -463,15 +495,6 @@ fn pauses() -> impl Iterator<Item = Duration> {
         .without_max_times()
         .with_jitter()
         .build()
-}
-
-fn reasons(failures: &[Option<Failure>]) -> String {
-    let mut text = String::new();
-    for failure in failures.iter().flatten() {
-        let separator = if text.is_empty() { "" } else { "; " };
-        let _ = write!(text, "{separator}{}", failure.why());
-    }
-    if text.is_empty() { "nobody was asked in time".to_owned() } else { text }
 }
 
 fn read_pem(setting: &str, file: &Path, kind: &str) -> Result<Vec<u8>, String> {

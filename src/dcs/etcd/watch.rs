@@ -65,7 +65,7 @@ async fn watch(members: &Members, changes: &Sender<u64>, established: &mut bool)
     let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1);
     let mut stream = match timeout(patience, client.watch(root, Some(options))).await {
         Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return members.blame(member, &error).await.why().to_owned(),
+        Ok(Err(error)) => return members.blame(member, &error).why().to_owned(),
         Err(_) => return silent(members, member),
     };
     let mut asked = false;
@@ -74,13 +74,13 @@ async fn watch(members: &Members, changes: &Sender<u64>, established: &mut bool)
         let message = match timeout(SILENCE, stream.message()).await {
             Ok(Ok(Some(message))) => message,
             Ok(Ok(None)) => return format!("{}: ended the watch", members.endpoint(member)),
-            Ok(Err(error)) => return members.blame(member, &error).await.why().to_owned(),
+            Ok(Err(error)) => return members.blame(member, &error).why().to_owned(),
             Err(_) if asked => return silent(members, member),
             Err(_) => {
                 asked = true;
                 match timeout(SILENCE, stream.request_progress()).await {
                     Ok(Ok(())) => continue,
-                    Ok(Err(error)) => return members.blame(member, &error).await.why().to_owned(),
+                    Ok(Err(error)) => return members.blame(member, &error).why().to_owned(),
                     Err(_) => return silent(members, member),
                 }
             }
