@@ -31,7 +31,7 @@ pub struct Options {
     /// Where base directories are made; `None`: the system's directory for temporary files.
     pub parent: Option<PathBuf>,
     pub durability: String,
-    /// Lines of [lease]; empty: defaults.
+    /// Lines of `[lease]`; empty: defaults.
     pub lease: String,
     /// Lines of [postgresql.parameters].
     pub parameters: String,

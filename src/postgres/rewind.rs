@@ -5,7 +5,7 @@
 //! compared here, and a verdict that contradicts them is an error.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -207,7 +207,7 @@ async fn list_transactions(
     server: &LocalServer,
     line: &[TimelineId],
     (own_history, parted_at): (&History, Lsn),
-    report: &PathBuf,
+    report: &Path,
 ) -> Result<usize, PostgresError> {
     let what = "list the transactions that only this member has";
     let program = server.program("pg_waldump")?;
