@@ -36,7 +36,7 @@ pub struct Options {
     /// Where base directories are made; `None`: the system's directory for temporary files.
     pub parent: Option<PathBuf>,
     pub durability: String,
-    /// Lines of [lease]; empty: defaults.
+    /// Lines of `[lease]`; empty: defaults.
     pub lease: String,
     /// etcd.try_timeout; has to fit a shorter lease.
     pub etcd_try_timeout: String,

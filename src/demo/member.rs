@@ -64,7 +64,7 @@ pub struct Common {
     /// name, PostgreSQL's port, agent's port
     pub members: Vec<(String, u16, u16)>,
     pub durability: String,
-    /// `ttl = "8s"` and the like, for [lease].
+    /// `ttl = "8s"` and the like, for `[lease]`.
     pub lease: String,
     pub etcd_try_timeout: String,
     /// Lines of [postgresql.parameters].

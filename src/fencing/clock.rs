@@ -27,6 +27,7 @@ impl Clock for SystemClock {
         }
     }
 
+    #[allow(clippy::disallowed_methods, reason = "this is the Clock port; the value is for people only")]
     fn unix_ms(&self) -> u64 {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)

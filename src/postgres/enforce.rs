@@ -9,7 +9,7 @@
 //! rule that no row shows (k raised, or the old rule unknown):
 //!
 //!   write nobody ─► a commit of ours is seen waiting ─► every walsender shows priority 0 ─► write the rule
-//!     ─► that commit returns ─► walsenders outside the rule show 0 ─► barrier
+//!     ─► walsenders outside the rule show 0 ─► barrier ─► the commit that waited has returned too
 //!
 //! Priority 0 is a walsender's own word: it computes it from the rule that it has loaded, and under 0 it releases nobody.
 
@@ -77,10 +77,12 @@ async fn in_force(
     *step = "wait until no walsender outside the rule counts".to_owned();
     priorities_gone(&mut control, &names, deadline).await?;
     *step = format!("wait for the barrier commit ({})", connected(&mut control, deadline).await?);
+    // The new commit first: a walsender looks for commits to release only when its standby reports something new, so the
+    // older one, and every client's that waits since then, returns with this one's WAL and not with the next status message.
+    Commit::begin(server, deadline).await?.returns(deadline).await?;
     if let Some(waiting) = waiting {
         waiting.returns(deadline).await?;
     }
-    Commit::begin(server, deadline).await?.returns(deadline).await?;
     // A name doubled while the barrier ran may have answered for a member that did not.
     let walsenders = Walsender::read_all(&mut control, deadline).await?;
     if !doubles(&walsenders).is_empty() {

@@ -1,5 +1,6 @@
 //! Where everything is: PGDATA, and what pgvigil keeps for PostgreSQL beside it.
 //!
+//! ```text
 //!   <state_dir>/postgresql/           of the operating system user, mode 0700
 //!     postgresql.conf  pgvigil.dynamic.conf  pg_hba.conf  pg_ident.conf  passfile
 //!     log/                            PostgreSQL's own log, and startup.log (standard error before the collector runs)
@@ -7,6 +8,7 @@
 //!     planted                         numbers of history files written for a promotion that is not finished
 //!   <state_dir>/unfinished            a job is under way in PGDATA: it is not a database
 //!   <state_dir>/diverged/<time>/      WAL that only this member had, before a rewind
+//! ```
 
 use std::path::{Path, PathBuf};
 

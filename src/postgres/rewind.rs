@@ -5,7 +5,7 @@
 //! compared here, and a verdict that contradicts them is an error.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -15,7 +15,7 @@ use crate::core::timeline::{History, TimelineId};
 use crate::ports::{PostgresError, Source};
 
 use super::controldata::ControlFile;
-use super::files::{self, beside, broken};
+use super::files::{self, broken};
 use super::layout::{history_name, names_in, segment_number, segment_timeline};
 use super::programs::Run;
 use super::session::{Address, Login, Session, SessionError};
@@ -47,11 +47,12 @@ pub async fn rewind(
     leader_has_checkpointed(server, source, timeline, &what).await?;
     let kept = keep_diverged(server, &control, own, &own_history, parted).await?;
 
-    data_directory::begin(layout, "rewind")?;
     if !control.state.cleanly_stopped() {
         recover_alone(server, &what).await?;
     }
-    let said = run_pg_rewind(server, source, &what).await?;
+    // A trial first, which changes nothing: a leader that cannot be reached or WAL that is missing leaves the directory a
+    // database, and the rewind can be tried again. What fails after the marker has to be cloned.
+    let said = run_pg_rewind(server, source, &what, &["--dry-run"]).await?;
     if said.contains("no rewind required") {
         let why = format!(
             "pg_rewind says that nothing has to be done, but the lines part on timeline {} at {}: clone instead",
@@ -59,6 +60,8 @@ pub async fn rewind(
         );
         return Err(broken(&what, why));
     }
+    data_directory::begin(layout, "rewind")?;
+    run_pg_rewind(server, source, &what, &[]).await?;
     start::strip_auto_conf(server)?;
     start::write_standby_signal(server)?;
     files::remove(&layout.planted)?;
@@ -69,8 +72,13 @@ pub async fn rewind(
     ))
 }
 
-async fn run_pg_rewind(server: &LocalServer, source: &Source, what: &str) -> Result<String, PostgresError> {
-    let arguments = vec![
+async fn run_pg_rewind(
+    server: &LocalServer,
+    source: &Source,
+    what: &str,
+    further: &[&str],
+) -> Result<String, PostgresError> {
+    let mut arguments = vec![
         "--target-pgdata".to_owned(),
         server.layout.data_dir.display().to_string(),
         "--source-server".to_owned(),
@@ -79,25 +87,22 @@ async fn run_pg_rewind(server: &LocalServer, source: &Source, what: &str) -> Res
         "--no-ensure-shutdown".to_owned(),
         "--progress".to_owned(),
     ];
+    arguments.extend(further.iter().map(|argument| (*argument).to_owned()));
     let program = server.program("pg_rewind")?;
     Run { what, program, arguments, input: None, owner: &server.owner }.succeed(|_| ()).await
 }
 
 /// Crash recovery in a server that nobody can connect to, as pg_rewind needs it. Single-user mode refuses to run beside
-/// `standby.signal`, so the file is away for that moment; the marker says that the directory is no database meanwhile.
+/// `standby.signal`, so the file is away for that moment (a deviation from S8: a foreign start in that second would be
+/// read-write, on a line that the cluster has left). A crash here is mended by the next start, which writes it first.
 async fn recover_alone(server: &LocalServer, what: &str) -> Result<(), PostgresError> {
-    let signal = server.layout.standby_signal();
-    let away = beside(&signal, ".pgvigil");
-    if signal.exists() {
-        fs::rename(&signal, &away).map_err(|e| broken(what, format!("move {}: {e}", signal.display())))?;
-    }
+    files::remove(&server.layout.standby_signal())?;
     let arguments =
         ["--single", "-D", &server.layout.data_dir.display().to_string(), "-c", "archive_mode=off", "template1"];
     let arguments = arguments.map(str::to_owned).to_vec();
     let program = server.program("postgres")?;
     let input = Some(String::new());
     let recovered = Run { what, program, arguments, input, owner: &server.owner }.succeed(|_| ()).await;
-    files::remove(&away)?;
     start::write_standby_signal(server)?;
     recovered.map(|_| ())
 }
@@ -207,7 +212,7 @@ async fn list_transactions(
     server: &LocalServer,
     line: &[TimelineId],
     (own_history, parted_at): (&History, Lsn),
-    report: &PathBuf,
+    report: &Path,
 ) -> Result<usize, PostgresError> {
     let what = "list the transactions that only this member has";
     let program = server.program("pg_waldump")?;

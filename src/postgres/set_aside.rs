@@ -86,6 +86,7 @@ pub fn size_of(path: &Path) -> u64 {
 
 /// `20261120T134522Z`, for names of files: people read it, nothing decides by it.
 pub fn utc() -> String {
+    #[allow(clippy::disallowed_methods, reason = "part of a name for people; nothing is decided by it")]
     let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = civil(i64::try_from(days).unwrap_or(0));

@@ -55,7 +55,7 @@ async fn kept(
             run(session, &format!("select pg_drop_replication_slot({})", escape_literal(&slot.name)), deadline).await?;
         }
     }
-    let usable = |name: &str| there.iter().find(|slot| slot.name == name && !(slot.lost && !slot.active));
+    let usable = |name: &str| there.iter().find(|slot| slot.name == name && (slot.active || !slot.lost));
     for (name, at) in &wanted {
         let Some(slot) = usable(name) else {
             // `true`: WAL is kept from now on, not from the first connection.

@@ -44,8 +44,11 @@ pub fn rule(view: &View) -> Option<Plan> {
     })
 }
 
+/// Parent timeline, and where it was left.
+type Switch = (TimelineId, Lsn);
+
 /// Whom to follow, its timeline, and where it left the one before; a winner is followed before it has published.
-fn upstream(record: &LeaderRecord) -> Option<(MemberName, TimelineId, Option<(TimelineId, Lsn)>)> {
+fn upstream(record: &LeaderRecord) -> Option<(MemberName, TimelineId, Option<Switch>)> {
     match &record.state {
         LeaderState::Held => {
             let last = record.last.as_ref()?;
@@ -88,7 +91,7 @@ fn start(facts: &Facts<'_>, failures: usize, upstream: &MemberName, term: Term) 
     }
     if let Some((_, last)) = view.memory.crashes.last() {
         let at = last.plus(retry_delay(failures as u32));
-        if failures > 1 && !view.now.any_reached(at) {
+        if failures > 2 && !view.now.any_reached(at) {
             return Plan::new(
                 "follow.restart_wait",
                 format!("PostgreSQL ended {failures} times; starting it again soon"),
@@ -117,7 +120,7 @@ fn follow(
     standby: &StandbyFacts,
     upstream: MemberName,
     timeline: TimelineId,
-    switch: Option<(TimelineId, Lsn)>,
+    switch: Option<Switch>,
 ) -> Plan {
     let view = facts.view;
     if record.term < view.memory.durable.sealed_term {

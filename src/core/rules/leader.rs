@@ -69,19 +69,17 @@ fn crashed_or_wait(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, why: &str) -> 
 fn crashed(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, what: &str) -> Plan {
     let view = facts.view;
     let term = mine.value.term;
-    let release =
-        |to: Option<MemberName>, why: String| {
-            let mut record = mine.value.clone();
-            record.state = LeaderState::Released { to, why: why.clone() };
-            Plan::new("leader.crash_release", why)
-                // In async mode this is the proof that nothing acknowledges any more; in sync mode the seals are.
-                .step(Step::Kill)
-                .step(facts.commit(
-                    "release the term",
-                    Transaction::when(Key::Leader, mine.revision).put(Write::Leader(record)),
-                ))
-                .step(Step::DropLease)
-        };
+    let release = |to: Option<MemberName>, why: String| {
+        let mut record = mine.value.clone();
+        record.state = LeaderState::Released { to, why: why.clone() };
+        let transaction = Transaction::when(Key::Leader, mine.revision).put(Write::Leader(record));
+        let say = facts.commit("release the term", transaction);
+        // In sync mode the seals prove that nothing more is acknowledged, so nobody has to wait for the last process to
+        // go. In async mode its end is the proof, and comes first.
+        let sync = facts.records.sync.value().is_some_and(|claim| claim.mode != Durability::Async);
+        let order = if sync { [say, Step::Kill] } else { [Step::Kill, say] };
+        Plan::new("leader.crash_release", why).steps(order).step(Step::DropLease)
+    };
     let looping = view.memory.crashes.len() > view.policy.crash_max_restarts as usize;
     let ready = ready_standby(facts);
     match ready {

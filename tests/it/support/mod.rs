@@ -1,7 +1,7 @@
 //! What tests share: real programs in temporary directories, and waiting for a state instead of for a time.
 
 // Each test binary uses another part of it.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "not every theme uses every helper")]
 
 pub mod etcd;
 
