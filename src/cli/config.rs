@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::{Exit, Failure, say};
+use crate::client::Client;
 use crate::config::Config;
 
 /// An etcd member that does not take a connection within this would be passed over by the agent as well.
@@ -184,21 +185,39 @@ fn port(name: &str, address: SocketAddr) -> Finding {
     Finding { what, ok, found }
 }
 
+/// Without encryption the version is asked for, so that another program on that port is told from etcd.
 fn etcd(endpoint: &str) -> Finding {
     let what = format!("etcd {endpoint}");
+    let bad = |found: String| Finding { what: what.clone(), ok: false, found };
     let address = endpoint.split("://").nth(1).unwrap_or(endpoint).trim_end_matches('/');
     let addresses: Vec<SocketAddr> = match address.to_socket_addrs() {
         Ok(addresses) => addresses.collect(),
-        Err(error) => {
-            return Finding { what, ok: false, found: format!("{error}; correct etcd.endpoints or the name service") };
-        }
+        Err(error) => return bad(format!("{error}; correct etcd.endpoints or the name service")),
     };
-    let mut last = "no address".to_owned();
+    let mut last = "has no address".to_owned();
     for address in addresses {
-        match TcpStream::connect_timeout(&address, CONNECT) {
-            Ok(_) => return Finding { what, ok: true, found: "takes connections".to_owned() },
+        // Dropped at once: the connection that asks is its own.
+        match TcpStream::connect_timeout(&address, CONNECT).map(drop) {
+            Ok(()) if endpoint.starts_with("https://") => {
+                return Finding { what, ok: true, found: "takes connections (not asked further: TLS)".to_owned() };
+            }
+            Ok(()) => return etcd_version(what, endpoint),
             Err(error) => last = error.to_string(),
         }
     }
-    Finding { what, ok: false, found: format!("{last}; is etcd running there, and its port open?") }
+    bad(format!("{last}; is etcd running there, and its port open?"))
+}
+
+fn etcd_version(what: String, endpoint: &str) -> Finding {
+    let base = endpoint.trim_end_matches('/');
+    let ask = async { Client::of(Vec::new()).look(base, "/version", CONNECT).await };
+    let answer = super::runtime().ok().and_then(|runtime| runtime.block_on(ask));
+    let version = answer.as_ref().and_then(|(_, body)| body.get("etcdserver")?.as_str());
+    match version {
+        Some(version) => Finding { what, ok: true, found: format!("answers, version {version}") },
+        None => {
+            let found = "takes connections, and does not answer as etcd does; is it etcd's client port, or does it want https://?";
+            Finding { what, ok: false, found: found.to_owned() }
+        }
+    }
 }

@@ -2,10 +2,14 @@
 
 use std::path::PathBuf;
 
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Exit, Failure, Global, say};
 use crate::client::ClientError;
+use crate::core::decide::decide;
+use crate::core::plan::Plan;
+use crate::core::view::View;
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -50,19 +54,35 @@ fn ask(global: &Global) -> Result<Vec<Value>, Failure> {
     Ok(answers)
 }
 
-/// The view of `file`, decided again: the file holds a view, or a decision that holds one.
+/// The view of `file`, decided again: the file holds a view, a decision that holds one, or a list of decisions, of which
+/// the last one counts. What was decided then is compared.
 fn replay(file: &std::path::Path) -> Result<Value, Failure> {
-    let usage = |message: String| Failure::new(Exit::Usage, message, "save one with `curl …/v1/decisions?full=true`");
+    let usage = |message: String| {
+        Failure::new(Exit::Usage, message, "save one: `curl http://HOST:8008/v1/decisions?full=true&limit=1 >FILE`")
+    };
     let text = std::fs::read_to_string(file).map_err(|error| usage(format!("read {}: {error}", file.display())))?;
-    let _document: Value =
+    let document: Value =
         serde_json::from_str(&text).map_err(|error| usage(format!("{} is not JSON: {error}", file.display())))?;
-    Err(Failure::failed("this build has no core to decide with", ""))
+    let decision = document.as_array().and_then(|list| list.last()).unwrap_or(&document);
+    let view = View::deserialize(decision.get("view").unwrap_or(decision))
+        .map_err(|error| usage(format!("{} holds no view of this version: {error}", file.display())))?;
+    let plan = decide(&view);
+    let mut answer =
+        serde_json::to_value(&plan).map_err(|error| Failure::failed(format!("show the plan: {error}"), ""))?;
+    answer["member"] = Value::String(view.me.id.name.to_string());
+    if let Some(then) = decision.get("plan").and_then(|then| Plan::deserialize(then).ok()) {
+        answer["as_decided_then"] = Value::Bool(then == plan);
+    }
+    Ok(answer)
 }
 
 /// Member, rule and reason first, then who was not chosen, then what is done.
 fn sentences(answer: &Value) -> String {
     let text = |key: &str| answer.get(key).and_then(Value::as_str).unwrap_or("unknown");
     let mut lines = format!("{}: {}\n  rule {}\n", text("member"), text("reason"), text("rule"));
+    if answer.get("as_decided_then") == Some(&Value::Bool(false)) {
+        lines.push_str("  this program decides otherwise than the one that saved the view\n");
+    }
     if let Some(rejected) = answer.get("rejected").and_then(Value::as_object) {
         for (member, why) in rejected {
             lines.push_str(&format!("  not {member}: {}\n", why.as_str().unwrap_or_default()));

@@ -1,6 +1,6 @@
 //! A whole cluster: starts it, waits for states, breaks it, ends it without leaving anything behind.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,11 @@ const ORDERLY_STOP: Duration = Duration::from_secs(40);
 /// SIGKILL takes effect at once, except in uninterruptible sleep.
 const KILL: Duration = Duration::from_secs(10);
 
+/// Of the directories of all clusters; `control` looks for them.
+pub(super) const BASE_PREFIX: &str = "pgvigil-demo-";
+/// Holds the id of the process that the cluster belongs to, as long as nobody wants to keep its files.
+const OWNER: &str = "owner.pid";
+
 #[derive(Clone, Debug)]
 pub struct Options {
     pub members: usize,
@@ -33,6 +38,8 @@ pub struct Options {
     pub durability: String,
     /// Lines of `[lease]`; empty: defaults.
     pub lease: String,
+    /// etcd.try_timeout; has to fit a shorter lease.
+    pub etcd_try_timeout: String,
     /// Lines of [postgresql.parameters].
     pub parameters: String,
     pub log_level: String,
@@ -49,6 +56,7 @@ impl Default for Options {
             parent: None,
             durability: "sync".to_owned(),
             lease: String::new(),
+            etcd_try_timeout: "700ms".to_owned(),
             // Three servers on one small machine; nothing that changes what is shown.
             parameters: "shared_buffers = \"32MB\"".to_owned(),
             log_level: "info".to_owned(),
@@ -105,6 +113,7 @@ impl Cluster {
             None => std::env::current_exe().map_err(|error| DemoError::failed("find this program", error))?,
         };
         let owner = Owner::find()?;
+        sweep(options.parent.as_deref());
         let (name, base) = base_directory(options.parent.as_deref())?;
         let etcd = match Etcd::start(&base, options.etcd) {
             Ok(etcd) => etcd,
@@ -137,6 +146,7 @@ impl Cluster {
             members: cluster.members.iter().map(|m| (m.name.clone(), m.port, m.api_port)).collect(),
             durability: options.durability,
             lease: options.lease,
+            etcd_try_timeout: options.etcd_try_timeout,
             parameters: options.parameters,
             log_level: options.log_level,
         };
@@ -361,6 +371,7 @@ impl Cluster {
             processes::remove_control_group(&format!("pgvigil-{}-{}", self.name, member.name));
         }
         if self.keep {
+            let _ = std::fs::remove_file(self.base.join(OWNER));
             return Some(self.base.clone());
         }
         let _ = std::fs::remove_dir_all(&self.base);
@@ -374,14 +385,7 @@ impl Drop for Cluster {
         if self.ended {
             return;
         }
-        let begun = Instant::now();
-        while processes::kill_once(&self.base) > 0 && begun.elapsed() < KILL {
-            #[allow(
-                clippy::disallowed_methods,
-                reason = "drop cannot await; nothing else is to be done on this thread"
-            )]
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        end_all(&self.base);
         if std::thread::panicking() {
             self.keep = true;
             eprintln!("logs of the failed cluster are in {}", self.base.display());
@@ -397,16 +401,42 @@ pub fn is_healthy(looks: &[Look]) -> bool {
     primaries == 1 && primaries + streaming == looks.len()
 }
 
+/// Ends what a demo left that could not end itself (SIGKILL): directories whose owner is gone. Kept ones have no owner.
+fn sweep(parent: Option<&Path>) {
+    let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
+    for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
+        let base = entry.path();
+        let ours = entry.file_name().to_string_lossy().starts_with(BASE_PREFIX)
+            && entry.metadata().is_ok_and(|m| m.is_dir() && m.uid() == nix::unistd::geteuid().as_raw());
+        let owner = || std::fs::read_to_string(base.join(OWNER)).ok()?.parse::<u32>().ok();
+        if ours && owner().is_some_and(|owner| !Path::new(&format!("/proc/{owner}")).exists()) {
+            end_all(&base);
+            let _ = std::fs::remove_dir_all(&base);
+        }
+    }
+}
+
+/// Kills everything under `base`, without awaiting: for drop, and before anything else runs.
+fn end_all(base: &Path) {
+    let begun = Instant::now();
+    while processes::kill_once(base) > 0 && begun.elapsed() < KILL {
+        #[allow(clippy::disallowed_methods, reason = "drop cannot await; nothing else is to be done on this thread")]
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// A fresh directory and a name that no other cluster on this machine has: control groups are named after it.
 fn base_directory(parent: Option<&Path>) -> Result<(String, PathBuf), DemoError> {
     let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
     let mut bytes = [0_u8; 4];
     getrandom::fill(&mut bytes).map_err(|error| DemoError::failed("choose a name", error))?;
-    let name = format!("demo-{:08x}", u32::from_le_bytes(bytes));
-    let base = parent.join(format!("pgvigil-{name}"));
+    let suffix = format!("{:08x}", u32::from_le_bytes(bytes));
+    let name = format!("demo-{suffix}");
+    let base = parent.join(format!("{BASE_PREFIX}{suffix}"));
     let made = std::fs::create_dir(&base).and_then(|()| {
         // PostgreSQL's user has to get through.
         std::fs::set_permissions(&base, std::fs::Permissions::from_mode(0o755))?;
+        std::fs::write(base.join(OWNER), std::process::id().to_string())?;
         std::fs::canonicalize(&base)
     });
     let base = made.map_err(|error| DemoError::failed(format!("make {}", base.display()), error))?;

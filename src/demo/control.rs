@@ -66,7 +66,7 @@ pub async fn order(parent: Option<&Path>, text: &str) -> Result<String, DemoErro
 fn sockets(parent: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
     entries
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with("pgvigil-demo-"))
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(super::cluster::BASE_PREFIX))
         .map(|entry| entry.path().join(SOCKET))
         .filter(|socket| socket.exists())
         .collect()

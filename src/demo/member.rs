@@ -66,6 +66,7 @@ pub struct Common {
     pub durability: String,
     /// `ttl = "8s"` and the like, for `[lease]`.
     pub lease: String,
+    pub etcd_try_timeout: String,
     /// Lines of [postgresql.parameters].
     pub parameters: String,
     pub log_level: String,
@@ -140,11 +141,12 @@ impl Member {
         }
         let _ = write!(
             text,
-            "\n[etcd]\nendpoints = {:?}\n\n[lease]\n{}\n\n[postgresql]\ndata_dir = {}\nos_user = {:?}\nlisten = \"127.0.0.1\"\n\
+            "\n[etcd]\nendpoints = {:?}\ntry_timeout = {:?}\n\n[lease]\n{}\n\n[postgresql]\ndata_dir = {}\nos_user = {:?}\nlisten = \"127.0.0.1\"\n\
              socket_dir = {}\nsuperuser_password_file = {}\ninternal_password_file = {}\n\
              hba = [\"host all all 127.0.0.1/32 scram-sha-256\"]\n\n[postgresql.parameters]\n{}\n\n[api]\n\
              listen = \"127.0.0.1:{}\"\n\n[log]\nlevel = {:?}\n",
             common.etcd,
+            common.etcd_try_timeout,
             common.lease,
             at("pg/data"),
             owner.name,

@@ -2,5 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that panics has done its job")]
 
+mod demo;
 mod harness;
 mod postgres_adapter;

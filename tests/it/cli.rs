@@ -113,6 +113,46 @@ fn config_check_looks_at_what_the_file_names() {
 }
 
 #[test]
+fn another_program_on_etcd_s_port_is_told_from_etcd() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("pgvigil.toml");
+    let check = |etcd: String| {
+        let text = format!(
+            "cluster = \"maas\"\nname = \"a\"\n[[members]]\nname = \"a\"\nhost = \"127.0.0.1\"\n\
+             [etcd]\nendpoints = [{etcd:?}]\n[postgresql]\ndata_dir = \"/nowhere/data\"\n"
+        );
+        std::fs::write(&file, text).unwrap();
+        pgvigil(&["config", "check", file.to_str().unwrap()]).out
+    };
+    let out = check(agent("200 OK", "<html>"));
+    assert!(out.contains("does not answer as etcd does"), "{out}");
+    let out = check(agent("200 OK", r#"{"etcdserver":"3.4.23"}"#));
+    assert!(out.contains("answers, version 3.4.23"), "{out}");
+}
+
+#[test]
+fn the_demo_s_orders_are_checked_before_a_demo_is_looked_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let dir = directory.path().to_str().unwrap();
+    fails(&["demo", "--dir", dir, "kill", "everybody"], 1, &["`kill everybody` is no order", "kill primary"]);
+    fails(&["demo", "--dir", dir, "kill", "primary"], 1, &["no demo runs in", "start one"]);
+    fails(&["demo", "--json", "x"], 2, &["--once"]);
+    fails(&["demo", "--members", "0"], 2, &["1..=9"]);
+}
+
+#[test]
+fn a_replay_wants_a_view() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("view.json");
+    let path = file.to_str().unwrap();
+    fails(&["explain", "--replay", path], 2, &["read ", "/v1/decisions?full=true"]);
+    std::fs::write(&file, "{").unwrap();
+    fails(&["explain", "--replay", path], 2, &["is not JSON"]);
+    std::fs::write(&file, "{}").unwrap();
+    fails(&["explain", "--replay", path], 2, &["holds no view of this version"]);
+}
+
+#[test]
 fn silence_is_told_from_refusal() {
     fails(&["status", "--url", &nobody()], 3, &["no agent answered", "pgvigil agent"]);
     let refusing = agent("412 Precondition Failed", r#"{"error":"no standby is ready","hint":"wait"}"#);
