@@ -74,6 +74,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         clock: clock.clone(),
         keeper: Arc::new(keeper),
         state: Arc::new(Mutex::new(state)),
+        kill_budget: config.policy.timings.kill_budget,
     };
     let (status_tx, status) = watch::channel(None);
     let (asked_tx, asked) = mpsc::channel(16);

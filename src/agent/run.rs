@@ -180,7 +180,11 @@ impl Agent {
         self.world.keeper.flushed(postgres.primary().map(|p| p.flushed));
         let postgres_is_standby = postgres.standby().is_some();
         let local = Local { observed_at: now, data, postgres, guard };
-        if postgres_is_standby && let Err(error) = self.world.state().is_consistent() {
+        // Not while a job may be about to stop it: a rewind has set the mark and not begun yet.
+        if postgres_is_standby
+            && self.job.is_none()
+            && let Err(error) = self.world.state().is_consistent()
+        {
             warn!(%error, "remember that the data are consistent");
         }
         {
@@ -326,11 +330,7 @@ impl Agent {
     }
 
     fn start_job(&mut self, steps: Vec<Step>, view: &View) {
-        let context = Context {
-            records: view.store.records().cloned(),
-            tags: view.me.tags.clone(),
-            kill_budget: self.policy.timings.kill_budget,
-        };
+        let context = Context { records: view.store.records().cloned(), tags: view.me.tags.clone() };
         let now = self.world.clock.now();
         self.job = RunningJob::start(self.world.clone(), steps, context, now, self.job_ended.clone());
     }
@@ -343,7 +343,7 @@ impl Agent {
                 Effect::Kept { leader_revision } => self.memory.kept_revision = Some(leader_revision),
                 Effect::Dropped => self.memory.kept_revision = None,
                 Effect::Published { at, record } => self.memory.published = Some((at, *record)),
-                Effect::SyncWritten => self.memory.doubtful_sync = false,
+                Effect::SyncWritten => (self.memory.doubtful_sync, self.memory.sync_settled) = (false, true),
                 Effect::SyncDoubtful => self.memory.doubtful_sync = true,
                 Effect::Started { follow } => self.memory.started = follow,
                 Effect::CrashesForgotten => self.memory.crashes.clear(),
@@ -394,7 +394,8 @@ impl Agent {
             return if known.value.what == asked.what { Ok(Taken::Known) } else { Err(NotTaken::IdInUse) };
         }
         // Asked for while nobody leads: any later leader has fulfilled it.
-        let began = records.leader().filter(|l| l.state != LeaderState::Held).map(|l| l.term);
+        let by_a_change = matches!(asked.what, Operation::Switchover { .. } | Operation::Failover { .. });
+        let began = records.leader().filter(|l| by_a_change && l.state != LeaderState::Held).map(|l| l.term);
         let request = Request {
             id: asked.id.clone(),
             what: asked.what.clone(),

@@ -312,6 +312,9 @@ pub struct Memory {
     pub enforced: Option<SyncRule>,
     /// A write of `sync` whose outcome is unknown: enough for both claims is enforced until a later write succeeds.
     pub doubtful_sync: bool,
+    /// A write of `sync` of ours has succeeded under this term since the agent started. Until then one of an earlier life
+    /// may still land, so nothing is enforced by the claim as read.
+    pub sync_settled: bool,
     /// Revision of the leader record that the lease keeper renews against.
     pub kept_revision: Option<i64>,
     /// A promotion of this term was tried and failed.

@@ -6,7 +6,7 @@ use pgvigil::core::timeline::Term;
 
 use crate::toy::{Pg, Toy, name};
 
-fn running(durability: Durability) -> Toy {
+pub fn running(durability: Durability) -> Toy {
     let mut toy = Toy::new(&["a", "b", "c"], durability);
     toy.until("a leader with two standbys", 300, |t| t.leader().is_some() && t.streaming() == 2);
     if durability == Durability::Sync {
@@ -20,11 +20,11 @@ fn running(durability: Durability) -> Toy {
     toy
 }
 
-fn two_standbys(t: &Toy) -> bool {
+pub fn two_standbys(t: &Toy) -> bool {
     t.leader().is_some() && t.streaming() == 2
 }
 
-fn ask(toy: &mut Toy, what: Operation) {
+pub fn ask(toy: &mut Toy, what: Operation) {
     let request = Request {
         id: "r1".to_owned(),
         what,
@@ -249,6 +249,7 @@ fn a_stopped_leader_hands_over_and_ends() {
     toy.member(old.as_str()).stopping = true;
     toy.until("another leader", 30, |t| t.leader().is_some_and(|l| l != old));
     toy.until("the old one ended", 30, |t| t.members[&old].exited);
+    assert_ne!(toy.records.leader().unwrap().holder.name, old);
 }
 
 #[test]

@@ -69,12 +69,15 @@ pub struct Member {
     pub lease: LeaseView,
     pub kept: Option<i64>,
     pub armed: Option<pgvigil::core::timeline::Term>,
+    pub fires_at: Option<Moment>,
     pub agent: bool,
     pub store: bool,
     pub exit: Option<Exit>,
     pub starts: u64,
     pub stopping: bool,
     pub exited: bool,
+    /// Nothing can be written to the state file any more.
+    pub state_disk_full: bool,
     pub last: Option<Plan>,
 }
 
@@ -117,12 +120,14 @@ impl Toy {
                     lease: LeaseView::None,
                     kept: None,
                     armed: None,
+                    fires_at: None,
                     agent: true,
                     store: true,
                     exit: None,
                     starts: 0,
                     stopping: false,
                     exited: false,
+                    state_disk_full: false,
                     last: None,
                 };
                 (n.clone(), member)
@@ -249,7 +254,11 @@ impl Toy {
                 LeaseView::Lost { deadline, .. } => *deadline,
                 LeaseView::None | LeaseView::Claimed { .. } => None,
             };
-            if m.armed.is_some() && deadline.is_some_and(|d| now.any_reached(d.minus(budget))) {
+            // Deadlines of a term that is not armed move nothing.
+            if m.armed.is_some() && m.armed == m.lease.term() {
+                m.fires_at = deadline;
+            }
+            if m.armed.is_some() && m.fires_at.or(deadline).is_some_and(|d| now.any_reached(d.minus(budget))) {
                 m.die("killed by the guardian: deadline passed");
             }
         }
@@ -262,7 +271,11 @@ impl Toy {
         if self.records.leader.revision() == revision {
             self.seq += 1;
             self.records.revision += 1;
-            let lease = LeaseRecord { term, seq: self.seq, lsn: None };
+            let lsn = match &m.pg {
+                Pg::Primary { flushed, .. } => Some(Lsn(*flushed)),
+                _ => None,
+            };
+            let lease = LeaseRecord { term, seq: self.seq, lsn };
             self.records.lease = Entry::Present(Keyed { revision: self.records.revision, value: lease });
             m.lease = LeaseView::Held { term, deadline: self.policy.timings.deadline(self.now) };
         } else {
@@ -385,6 +398,9 @@ impl Toy {
             let done = reached && self.commit(transaction);
             if done {
                 for write in &transaction.write {
+                    if let Write::Sync(_) = write {
+                        self.members.get_mut(n).unwrap().memory.sync_settled = true;
+                    }
                     if let Write::Member(_, record) = write {
                         self.members.get_mut(n).unwrap().memory.published = Some((now, (**record).clone()));
                     }
@@ -410,6 +426,9 @@ impl Toy {
         let mut all = self.members.clone();
         let records = self.records.clone();
         let m = self.members.get_mut(n).unwrap();
+        if m.state_disk_full && matches!(step, Step::Remember { .. } | Step::Seal { .. }) {
+            return false;
+        }
         match step {
             Step::Remember { highest_term, highest_sync_term, store_id, store_revision } => {
                 m.memory.durable = Durable {
@@ -421,9 +440,9 @@ impl Toy {
                 };
             }
             Step::Join { system_identifier } => m.me.system_identifier = Some(*system_identifier),
-            Step::NewIncarnation => {
+            Step::NewIncarnation { copied } => {
                 m.me.id.incarnation = Incarnation(m.me.id.incarnation.0 + 100);
-                m.memory.durable.must_follow = true;
+                m.memory.durable.must_follow |= *copied;
             }
             Step::ForgetCrashes => m.memory.crashes.clear(),
             Step::KeepLease { term, leader_revision } => {
@@ -437,6 +456,7 @@ impl Toy {
             }
             Step::Kill => m.die("killed by the guardian: asked"),
             Step::Disarm => m.armed = None,
+            Step::Arm { term } => m.armed = Some(*term),
             Step::Start { follow } => {
                 assert!(
                     follow.is_some() || !m.memory.durable.must_follow,
@@ -515,6 +535,7 @@ impl Toy {
                 m.die_as("stopped", true);
                 m.disk = source.disk.clone();
                 m.pg = Pg::Down;
+                m.memory.durable.must_follow = true;
             }
             Step::RestartInPlace { .. } | Step::Stop { .. } => m.die_as("stopped", true),
             Step::Exit => m.exited = true,
@@ -524,7 +545,7 @@ impl Toy {
         true
     }
 
-    fn commit(&mut self, transaction: &Transaction) -> bool {
+    pub fn commit(&mut self, transaction: &Transaction) -> bool {
         let holds = transaction.compare.iter().all(|c| self.revision(&c.key) == c.revision);
         if !holds {
             return false;
@@ -596,6 +617,7 @@ impl Member {
             self.exit = Some(Exit { how: how.to_owned(), orderly, start_number: self.starts });
         }
         self.armed = None;
+        self.fires_at = None;
     }
 
     /// The agent's process starts anew: only what is on disk is known.

@@ -16,6 +16,7 @@ pub mod waiting;
 
 use std::time::Duration;
 
+use super::lsn::Lsn;
 use super::names::{MemberId, MemberName};
 use super::plan::{Follow, Source, Step, walreceiver_name};
 use super::records::{ClusterRecords, Keyed, LeaderRecord, Transaction};
@@ -82,6 +83,14 @@ impl<'a> Facts<'a> {
         // Copied or rewound data would wait for ever for WAL that only a leader has.
         let parks = !self.view.memory.durable.must_follow;
         (parks && matches!(self.view.local.postgres, LocalPostgres::Down)).then_some(Step::Start { follow: None })
+    }
+
+    /// The last position that the leader of the present record published with its heartbeat: what bounds the loss in
+    /// async mode. An election overwrites the heartbeat, so it is carried in the record.
+    pub fn last_published_lsn(&self) -> Option<Lsn> {
+        let leader = self.leader?;
+        let lease = self.records.lease.value().filter(|lease| lease.term == leader.value.term);
+        lease.and_then(|lease| lease.lsn).or(leader.value.lsn)
     }
 
     pub fn commit(&self, what: impl Into<String>, transaction: Transaction) -> Step {

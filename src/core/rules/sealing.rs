@@ -1,5 +1,7 @@
 //! Somebody else coordinates an election: give our word that no WAL of a lower term is taken any more.
 
+use std::time::Duration;
+
 use super::Facts;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::LeaderState;
@@ -21,6 +23,11 @@ pub fn rule(view: &View) -> Option<Plan> {
             "{coordinator} elects for term {term}; what was copied here is not consistent yet and seals nothing"
         );
         return Some(Plan::new("seal.copied", why));
+    }
+    // A coordinator that is silent is overtaken like a leader: that is the next rules' matter, sealed or not.
+    let patience = view.policy.timings.candidate_wait(Duration::from_millis(leader.value.ttl_ms));
+    if view.memory.silence.is_some_and(|s| view.now.all_reached(s.first_seen.plus(patience))) {
+        return None;
     }
     let sealed = facts
         .records
