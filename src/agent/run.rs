@@ -180,7 +180,9 @@ impl Agent {
         self.world.keeper.flushed(postgres.primary().map(|p| p.flushed));
         let postgres_is_standby = postgres.standby().is_some();
         let local = Local { observed_at: now, data, postgres, guard };
-        if postgres_is_standby && let Err(error) = self.world.state().is_consistent() {
+        // Not while a job runs: a rewind begins with the server still up, which says nothing of what the rewind leaves.
+        let consistent = postgres_is_standby && self.job.is_none();
+        if consistent && let Err(error) = self.world.state().is_consistent() {
             warn!(%error, "remember that the data are consistent");
         }
         {
