@@ -224,10 +224,10 @@ impl Agent {
         let now = self.world.clock.now();
         let took_ms = now.since(job.since()).as_millis() as u64;
         match &ended.result {
-            Ok(message) => info!(job = ?job.what(), took_ms, message, "job done"),
+            Ok(message) => info!(job = %job.what(), took_ms, message, "job done"),
             Err(error) => {
                 self.counters.step_failures += 1;
-                warn!(job = ?job.what(), took_ms, error, "job failed");
+                warn!(job = %job.what(), took_ms, error, "job failed");
             }
         }
         if ended.result.is_ok() && matches!(job.what(), crate::core::view::JobKind::Promote { .. }) {

@@ -145,10 +145,6 @@ fn job_word(what: &JobKind) -> Option<&'static str> {
 
 fn job(view: &View) -> Option<JobProgress> {
     let job = view.job.as_ref().filter(|j| j.result.is_none())?;
-    let what = match &job.what {
-        JobKind::Clone { from } => format!("clone from {from}"),
-        JobKind::Rewind { from } => format!("rewind against {from}"),
-        other => job_word(other)?.to_owned(),
-    };
-    Some(JobProgress { what, done_bytes: job.done_bytes, total_bytes: job.total_bytes })
+    job_word(&job.what)?;
+    Some(JobProgress { what: job.what.to_string(), done_bytes: job.done_bytes, total_bytes: job.total_bytes })
 }

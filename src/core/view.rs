@@ -2,6 +2,7 @@
 //! A view is complete and serialisable: `/v1/decisions` keeps them, `pgvigil explain --replay` decides them again.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -425,4 +426,23 @@ pub enum JobKind {
     Enforce {
         to: SyncRule,
     },
+}
+
+impl fmt::Display for JobKind {
+    /// For people: what is under way.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            JobKind::Bootstrap => f.write_str("initdb"),
+            JobKind::Clone { from } => write!(f, "clone from {from}"),
+            JobKind::Rewind { from } => write!(f, "rewind against {from}"),
+            JobKind::HandOver { to: Some(to) } => write!(f, "hand over to {to}"),
+            JobKind::HandOver { to: None } => f.write_str("hand over"),
+            JobKind::Restart => f.write_str("restart"),
+            JobKind::Stop => f.write_str("stop"),
+            JobKind::Seal { term } => write!(f, "seal for term {term}"),
+            JobKind::Promote { term } => write!(f, "promote under term {term}"),
+            JobKind::Enforce { to: SyncRule::Cleared } => f.write_str("let commits wait for nobody"),
+            JobKind::Enforce { to } => write!(f, "enforce {to}"),
+        }
+    }
 }

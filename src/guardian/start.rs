@@ -231,6 +231,9 @@ fn guardian(
 
 /// Real-time priority and locked memory; neither is necessary, both are said.
 fn protect(priority: u8) -> (bool, bool) {
+    if let Ok(maps) = std::fs::read_to_string("/proc/self/maps") {
+        sys::forget_startup_text(&maps);
+    }
     let memory_locked = sys::lock_memory().inspect_err(|e| log(format_args!("memory is not locked: {e}"))).is_ok();
     let real_time = priority > 0
         && sys::set_real_time(priority).inspect_err(|e| log(format_args!("no real-time priority: {e}"))).is_ok();

@@ -60,6 +60,25 @@ pub fn set_real_time(priority: u8) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Lets go of program text that only starting needed (dynamic linking, argument parsing): it would stay locked for good.
+/// What runs from now on comes back from the page cache, and what the kill needs is rehearsed after this.
+pub fn forget_startup_text(maps: &str) {
+    for line in maps.lines() {
+        let mut fields = line.split_ascii_whitespace();
+        let (Some(range), Some("r-xp"), path) = (fields.next(), fields.next(), fields.nth(3)) else { continue };
+        let bounds = range.split_once('-').map(|(a, b)| (usize::from_str_radix(a, 16), usize::from_str_radix(b, 16)));
+        let (Some((Ok(start), Ok(end))), Some(path)) = (bounds, path) else { continue };
+        if !path.starts_with('/') {
+            continue;
+        }
+        // SAFETY: a private mapping of a file that was never writable holds nothing that is not in the file; its pages are
+        // read again when they are next executed, this function's included.
+        unsafe {
+            libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED);
+        }
+    }
+}
+
 /// Keeps every page that is or comes in memory there. ONFAULT: without it the whole program would become resident.
 pub fn lock_memory() -> io::Result<()> {
     // SAFETY: takes flags only.

@@ -42,12 +42,22 @@ pub async fn prepare(server: &LocalServer, mode: &StartMode) -> Result<Launch, P
         StartMode::Parked => Dynamic::alone(SyncRule::Nobody),
         StartMode::Follow(follow) => Dynamic::following(follow, layout),
     };
-    server.owner.write(&layout.dynamic_file, &dynamic.file(), false)?;
+    write_dynamic(server, &dynamic)?;
     write_configuration(server).await?;
     write_standby_signal(server)?;
     // PostgreSQL refuses a data directory that others can read; a copy by hand often is one.
     files::restrict(&layout.data_dir, 0o700)?;
-    launch(server, major, &timeline)
+    let mut launch = launch(server, major, &timeline)?;
+    for (name, configured, needed) in settings::raised(&server.config, layout, major, &control) {
+        tracing::warn!(
+            setting = name,
+            configured,
+            needed,
+            "started with more than configured: the WAL was written with it, and a standby may not have less"
+        );
+        launch.arguments.extend(["-c".to_owned(), format!("{name}={needed}")]);
+    }
+    Ok(launch)
 }
 
 /// Parked is "this directory's own line to its end, and no other": the newest own timeline, with history files of others
@@ -101,6 +111,11 @@ pub fn strip_auto_conf(server: &LocalServer) -> Result<(), PostgresError> {
         server.owner.write(&path, &kept, true)?;
     }
     Ok(())
+}
+
+/// Not made durable: every start writes it anew.
+pub fn write_dynamic(server: &LocalServer, dynamic: &Dynamic) -> Result<(), PostgresError> {
+    server.owner.write(&server.layout.dynamic_file, &dynamic.file(), false)
 }
 
 /// postgresql.conf, pg_hba.conf, pg_ident.conf, passfile; not the dynamic file.

@@ -561,7 +561,10 @@ async fn real_time_priority_stays_with_the_guardian_and_memory_is_small() {
         assert!(matches!(policy_of(pid).as_deref(), None | Some("0")));
     }
     let resident: u64 = field("VmRSS").split_whitespace().nth(1).unwrap().parse().unwrap();
-    assert!(resident <= 2048, "{resident} kB are resident");
+    // An unoptimised program carries several times the text and tables; the bound of 2 MB is the released one's, and is
+    // measured by `scripts/bench memory`.
+    let most = if cfg!(debug_assertions) { 16_384 } else { 2_048 };
+    assert!(resident <= most, "{resident} kB are resident");
 }
 
 #[tokio::test]

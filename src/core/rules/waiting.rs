@@ -7,7 +7,7 @@ use crate::core::view::{GuardState, LocalPostgres, View};
 
 pub fn job(view: &View) -> Option<Plan> {
     let job = view.job.as_ref().filter(|job| job.result.is_none())?;
-    Some(Plan::new("job", format!("{:?} is under way", job.what)))
+    Some(Plan::new("job", format!("{} is under way", job.what)))
 }
 
 /// Without a guardian nothing is started, promoted or renewed: no guard, no lease.
