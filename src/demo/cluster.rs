@@ -115,6 +115,10 @@ impl Cluster {
         let owner = Owner::find()?;
         sweep(options.parent.as_deref());
         let (name, base) = base_directory(options.parent.as_deref())?;
+        if let Err(error) = owner.can_reach(&base) {
+            let _ = std::fs::remove_dir_all(&base);
+            return Err(error);
+        }
         let etcd = match Etcd::start(&base, options.etcd) {
             Ok(etcd) => etcd,
             Err(error) => {
