@@ -95,6 +95,7 @@ impl World {
                 }
                 return Ok(vec![Effect::Killed]);
             }
+            Step::Arm { term, deadline } => self.fence.arm(*term, *deadline).await?,
             Step::Disarm => self.fence.disarm().await?,
             Step::Commit { what, transaction } => return self.commit(what, transaction).await,
             Step::Start { follow } => {

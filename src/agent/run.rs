@@ -182,7 +182,10 @@ impl Agent {
         let local = Local { observed_at: now, data, postgres, guard };
         // While a job runs, the standby that is seen may be the one that the job is about to stop: its old data are
         // consistent, what a rewind leaves in their place is not before it has the leader's WAL.
-        if postgres_is_standby && self.job.is_none() && let Err(error) = self.world.state().is_consistent() {
+        if postgres_is_standby
+            && self.job.is_none()
+            && let Err(error) = self.world.state().is_consistent()
+        {
             warn!(%error, "remember that the data are consistent");
         }
         {

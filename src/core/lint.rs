@@ -29,6 +29,12 @@ pub fn violations(view: &View, plan: &Plan) -> Vec<String> {
                     found.push(format!("S1: promotion without an own seal of term {}", order.term));
                 }
             }
+            Step::Arm { term, .. } => {
+                // F is never further away than the lease that was renewed.
+                if mine.is_none_or(|l| l.value.term != *term) || !view.lease.valid(*term, view.now) {
+                    found.push(format!("S4: the guardian armed for term {term} without its lease"));
+                }
+            }
             // S5
             Step::Bootstrap => {
                 let unknown_cluster =

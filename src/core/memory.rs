@@ -68,7 +68,9 @@ impl Memory {
             if leader.value.term != self.term {
                 self.begin_term(leader.value.term);
             }
-            if leader.value.holder != me.id {
+            if leader.value.term < self.durable.highest_term {
+                // An old record came back; ours is kept, to be written again.
+            } else if leader.value.holder != me.id {
                 self.held = None;
             } else if leader.value.state == LeaderState::Held {
                 self.held = Some(leader.value.clone());

@@ -70,10 +70,15 @@ pub enum Step {
     ForgetCrashes,
 
     // --- lease and fence ---
-    /// The keeper renews this record from now on; the guardian is armed with each deadline.
+    /// The keeper renews this record from now on, and moves the guardian's deadline if it is armed for this term.
     KeepLease {
         term: Term,
         leader_revision: i64,
+    },
+    /// The guardian goes by the deadlines of this term from now on: its record was written again under a higher one.
+    Arm {
+        term: Term,
+        deadline: Moment,
     },
     DropLease,
     /// Kill the whole control group, whatever it does.

@@ -69,6 +69,8 @@ pub struct Member {
     pub lease: LeaseView,
     pub kept: Option<i64>,
     pub armed: Option<pgvigil::core::timeline::Term>,
+    /// F: moved by renewals of the armed term only.
+    pub fence: Option<Moment>,
     pub agent: bool,
     pub store: bool,
     pub exit: Option<Exit>,
@@ -117,6 +119,7 @@ impl Toy {
                     lease: LeaseView::None,
                     kept: None,
                     armed: None,
+                    fence: None,
                     agent: true,
                     store: true,
                     exit: None,
@@ -242,14 +245,9 @@ impl Toy {
 
     /// The guardian: at F = D - K an armed PostgreSQL dies, agent or no agent.
     fn guard(&mut self) {
-        let (now, budget) = (self.now, self.policy.timings.kill_budget);
+        let now = self.now;
         for m in self.members.values_mut() {
-            let deadline = match &m.lease {
-                LeaseView::Held { deadline, .. } => Some(*deadline),
-                LeaseView::Lost { deadline, .. } => *deadline,
-                LeaseView::None | LeaseView::Claimed { .. } => None,
-            };
-            if m.armed.is_some() && deadline.is_some_and(|d| now.any_reached(d.minus(budget))) {
+            if m.armed.is_some() && m.fence.is_some_and(|f| now.any_reached(f)) {
                 m.die("killed by the guardian: deadline passed");
             }
         }
@@ -264,7 +262,11 @@ impl Toy {
             self.records.revision += 1;
             let lease = LeaseRecord { term, seq: self.seq, lsn: None };
             self.records.lease = Entry::Present(Keyed { revision: self.records.revision, value: lease });
-            m.lease = LeaseView::Held { term, deadline: self.policy.timings.deadline(self.now) };
+            let deadline = self.policy.timings.deadline(self.now);
+            m.lease = LeaseView::Held { term, deadline };
+            if m.armed == Some(term) {
+                m.fence = Some(deadline.minus(self.policy.timings.kill_budget));
+            }
         } else {
             let deadline = match &m.lease {
                 LeaseView::Held { deadline, .. } => Some(*deadline),
@@ -409,6 +411,7 @@ impl Toy {
         }
         let mut all = self.members.clone();
         let records = self.records.clone();
+        let budget = self.policy.timings.kill_budget;
         let m = self.members.get_mut(n).unwrap();
         match step {
             Step::Remember { highest_term, highest_sync_term, store_id, store_revision } => {
@@ -436,6 +439,7 @@ impl Toy {
                 (m.kept, m.memory.kept_revision, m.lease) = (None, None, LeaseView::None);
             }
             Step::Kill => m.die("killed by the guardian: asked"),
+            Step::Arm { term, deadline } => (m.armed, m.fence) = (Some(*term), Some(*deadline)),
             Step::Disarm => m.armed = None,
             Step::Start { follow } => {
                 assert!(
@@ -475,7 +479,8 @@ impl Toy {
                 let Pg::Standby { timeline, history, replayed, .. } = &m.pg else { return false };
                 let mut history = history.clone();
                 history.0.push(HistoryEntry { timeline: TimelineId(*timeline), switch: Lsn(*replayed) });
-                m.armed = Some(order.term);
+                let LeaseView::Held { deadline, .. } = &m.lease else { panic!("promoted without a lease") };
+                (m.armed, m.fence) = (Some(order.term), Some(deadline.minus(budget)));
                 self.writers.push((n.clone(), order.timeline.0));
                 m.pg = Pg::Primary {
                     timeline: order.timeline.0,

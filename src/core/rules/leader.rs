@@ -12,7 +12,7 @@ use crate::core::records::{
 };
 use crate::core::time::Moment;
 use crate::core::timeline::Term;
-use crate::core::view::{GuardState, LocalPostgres, PrimaryFacts, View};
+use crate::core::view::{GuardState, LeaseView, LocalPostgres, PrimaryFacts, View};
 
 /// A standby that streamed from here within this time can take over at once.
 const READY_WITHIN: Duration = Duration::from_secs(4);
@@ -23,6 +23,9 @@ pub fn rule(view: &View) -> Option<Plan> {
     let term = mine.value.term;
     if !view.lease.valid(term, view.now) {
         return Some(Plan::new("leader.lease", format!("waiting for a renewal of term {term}")));
+    }
+    if let Some(plan) = arm(view, term) {
+        return Some(plan);
     }
     Some(match &view.local.postgres {
         LocalPostgres::Primary(primary) => primary_plan(&facts, mine, primary),
@@ -37,6 +40,20 @@ pub fn rule(view: &View) -> Option<Plan> {
             format!("leading term {term}; PostgreSQL does not answer ({why}): nothing is changed"),
         ),
     })
+}
+
+/// A mended record has a term of its own, and the guardian takes the deadlines of the armed term only: without this it
+/// would kill a healthy primary when the last deadline of the old term is over.
+fn arm(view: &View, term: Term) -> Option<Plan> {
+    let GuardState::Running { armed: Some(armed), .. } = &view.local.guard.state else { return None };
+    let LeaseView::Held { term: held, deadline } = &view.lease else { return None };
+    if *armed >= term || *held != term {
+        return None;
+    }
+    Some(
+        Plan::new("leader.arm", format!("leads term {term}, the guardian still watches over term {armed}"))
+            .step(Step::Arm { term, deadline: deadline.minus(view.policy.timings.kill_budget) }),
+    )
 }
 
 fn primary_plan(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -> Plan {
