@@ -69,10 +69,10 @@ impl Memory {
             if leader.value.term != self.term {
                 self.begin_term(leader.value.term);
             }
-            let older = self.held.as_ref().is_some_and(|held| leader.value.term < held.term);
-            if leader.value.holder != me.id {
-                // An old record that came back is mended, not believed.
-                self.held = self.held.take().filter(|_| older);
+            if leader.value.term < self.durable.highest_term {
+                // An old record came back; ours is kept, to be written again.
+            } else if leader.value.holder != me.id {
+                self.held = None;
             } else if leader.value.state == LeaderState::Held {
                 self.held = Some(leader.value.clone());
             }

@@ -107,6 +107,15 @@ impl Look {
 impl Cluster {
     /// Starts all processes; `ready` waits for what becomes of them.
     pub async fn start(options: Options) -> Result<Cluster, DemoError> {
+        let mut cluster = Cluster::prepare(options)?;
+        for index in 0..cluster.members.len() {
+            cluster.start_agent(index)?;
+        }
+        Ok(cluster)
+    }
+
+    /// etcd runs and every member has its files; no agent runs yet, so the files may still be changed.
+    pub fn prepare(options: Options) -> Result<Cluster, DemoError> {
         let started = Instant::now();
         let binary = match options.binary {
             Some(binary) => binary,
@@ -133,7 +142,7 @@ impl Cluster {
             .filter_map(|name| Some(Member::new(&base, &name, free.next()?, free.next()?)))
             .collect();
         // From here on the cluster's drop cleans up, whatever fails.
-        let mut cluster = Cluster {
+        let cluster = Cluster {
             name,
             base,
             members,
@@ -156,7 +165,6 @@ impl Cluster {
         };
         for index in 0..cluster.members.len() {
             cluster.members[index].write_files(&owner, &common)?;
-            cluster.start_agent(index)?;
         }
         Ok(cluster)
     }

@@ -353,3 +353,38 @@ fn a_released_term_is_never_held_again() {
     }
     assert!(released.is_some());
 }
+
+/// Long enough for every deadline that was armed before to pass.
+fn a_lease_later(toy: &mut Toy, leader: &pgvigil::core::names::MemberName, what: &str) {
+    let starts = toy.members[leader].starts;
+    for _ in 0..200 {
+        toy.round();
+    }
+    assert_eq!(toy.leader().as_ref(), Some(leader), "{what}");
+    assert_eq!(toy.members[leader].starts, starts, "{what}: PostgreSQL was not touched");
+}
+
+#[test]
+fn a_destroyed_leader_record_is_written_again_and_nothing_else_happens() {
+    let mut toy = running(Durability::Sync);
+    let leader = toy.leader().unwrap();
+    let old = toy.records.leader.clone();
+    let writers = toy.writers.len();
+
+    toy.records.leader = Entry::Absent;
+    a_lease_later(&mut toy, &leader, "deleted");
+
+    toy.records.revision += 1;
+    toy.records.leader = Entry::Unreadable { revision: toy.records.revision, why: "garbage".to_owned() };
+    a_lease_later(&mut toy, &leader, "overwritten");
+
+    // An own record of a lower term: somebody restored a key from a backup.
+    let Entry::Present(mut old) = old else { panic!("{old:?}") };
+    toy.records.revision += 1;
+    old.revision = toy.records.revision;
+    let term = toy.records.leader().unwrap().term;
+    toy.records.leader = Entry::Present(old);
+    a_lease_later(&mut toy, &leader, "rolled back");
+    assert!(toy.records.leader().unwrap().term > term, "terms only grow");
+    assert_eq!(toy.writers.len(), writers, "nobody was promoted");
+}
