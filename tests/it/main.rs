@@ -10,5 +10,6 @@ mod decide;
 mod guardian;
 mod guardian_postgresql;
 mod layers;
+mod random;
 mod support;
 mod toy;
