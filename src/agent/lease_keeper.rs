@@ -51,16 +51,7 @@ struct Shared {
 impl LeaseKeeper {
     /// Starts the thread. `dcs` only makes the keeper's own handle, on its own runtime.
     pub fn start(dcs: Arc<dyn Dcs>, clock: Arc<dyn Clock>, timings: Timings) -> std::io::Result<LeaseKeeper> {
-        let (orders, orders_rx) = watch::channel(None);
-        let (lease_tx, lease) = watch::channel(LeaseView::None);
-        let shared = Arc::new(Shared {
-            loop_alive: Mutex::new(clock.now()),
-            page: Mutex::new(None),
-            flushed: AtomicU64::new(0),
-            renewals: AtomicU64::new(0),
-            failures: AtomicU64::new(0),
-        });
-        let task = Task { dcs, clock, timings, orders: orders_rx, lease: lease_tx, shared: shared.clone() };
+        let (keeper, task) = LeaseKeeper::new(dcs, clock, timings);
         std::thread::Builder::new().name("lease-keeper".to_owned()).spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             match runtime {
@@ -72,7 +63,21 @@ impl LeaseKeeper {
                 }
             }
         })?;
-        Ok(LeaseKeeper { orders, lease, shared })
+        Ok(keeper)
+    }
+
+    fn new(dcs: Arc<dyn Dcs>, clock: Arc<dyn Clock>, timings: Timings) -> (LeaseKeeper, Task) {
+        let (orders, orders_rx) = watch::channel(None);
+        let (lease_tx, lease) = watch::channel(LeaseView::None);
+        let shared = Arc::new(Shared {
+            loop_alive: Mutex::new(clock.now()),
+            page: Mutex::new(None),
+            flushed: AtomicU64::new(0),
+            renewals: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+        });
+        let task = Task { dcs, clock, timings, orders: orders_rx, lease: lease_tx, shared: shared.clone() };
+        (LeaseKeeper { orders, lease, shared }, task)
     }
 
     /// Renews `lease` against this revision of `leader` from now on.
@@ -178,7 +183,14 @@ impl Task {
             seq,
             lsn,
         }));
-        match store.commit(&transaction, self.timings.renewal_timeout).await {
+        let answer = store.commit(&transaction, self.timings.renewal_timeout).await;
+        // Held until the end: an order that was given meanwhile is not answered with the outcome of the one before (a lease
+        // that was dropped would come back for a moment, one kept against a new revision would seem lost).
+        let orders = self.orders.borrow();
+        if *orders != Some(order) {
+            return Duration::ZERO;
+        }
+        match answer {
             Ok(_) => {
                 // Counted from before the sending (protocol §3).
                 let deadline = self.timings.deadline(sent);
@@ -234,3 +246,6 @@ impl Task {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

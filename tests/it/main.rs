@@ -10,6 +10,7 @@ mod decide;
 mod guardian;
 mod guardian_postgresql;
 mod layers;
+mod random;
 mod review;
 mod support;
 mod toy;

@@ -94,7 +94,7 @@ fn a_stale_reading_cannot_take_over() {
         if let Step::Commit { what, transaction } = step
             && what == "begin an election"
         {
-            assert!(!toy.commit(transaction), "the leader renewed since: it must not be overtaken");
+            assert!(toy.commit(transaction).is_none(), "the leader renewed since: it must not be overtaken");
         }
     }
 }

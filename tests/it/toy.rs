@@ -1,8 +1,11 @@
 //! A cluster small enough to read: the store is a value, PostgreSQL an enum, and a round is observe, decide, execute. It
 //! knows what the rules have to cope with (order of events, death, silence, divergence), not what PostgreSQL has to cope
 //! with; that is `tests/cluster`'s.
+//!
+//! With [`Toy::trouble`] set the steps of all members are done in a random order, so that plans are carried out on views that
+//! are not true any more; agents freeze between two steps, jobs fail, and commits lose their answers or land later.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use pgvigil::core::decide::decide;
@@ -68,10 +71,15 @@ pub struct Member {
     pub disk: (u32, History, u64),
     pub lease: LeaseView,
     pub kept: Option<i64>,
+    /// F as the guardian knows it: outlives the agent.
+    pub fence: Option<Moment>,
     pub armed: Option<pgvigil::core::timeline::Term>,
-    pub fires_at: Option<Moment>,
     pub agent: bool,
     pub store: bool,
+    /// Can WAL be streamed from and to this member?
+    pub network: bool,
+    /// What is left of the plan that is being carried out.
+    pub pending: VecDeque<Step>,
     pub exit: Option<Exit>,
     pub starts: u64,
     pub stopping: bool,
@@ -88,7 +96,37 @@ pub struct Toy {
     pub policy: Policy,
     /// (member, term) of everybody who was read-write in some round.
     pub writers: Vec<(MemberName, u32)>,
+    /// The highest position on each timeline that a client was told of.
+    pub acknowledged: BTreeMap<u32, u64>,
+    pub trouble: Option<Random>,
     seq: u64,
+    /// Transactions whose senders gave up, and which may still be applied.
+    held: Vec<Transaction>,
+}
+
+/// SplitMix64: the whole run follows from the seed.
+#[derive(Clone, Debug)]
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % n
+    }
+
+    pub fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// What the sender of a transaction learns.
+enum Answer {
+    Done(i64),
+    Refused,
+    Unknown,
 }
 
 impl Toy {
@@ -119,10 +157,12 @@ impl Toy {
                     disk: (1, History::default(), 0),
                     lease: LeaseView::None,
                     kept: None,
+                    fence: None,
                     armed: None,
-                    fires_at: None,
                     agent: true,
                     store: true,
+                    network: true,
+                    pending: VecDeque::new(),
                     exit: None,
                     starts: 0,
                     stopping: false,
@@ -140,7 +180,10 @@ impl Toy {
             members,
             policy: policy(durability),
             writers: Vec::new(),
+            acknowledged: BTreeMap::new(),
+            trouble: None,
             seq: 0,
+            held: Vec::new(),
         }
     }
 
@@ -170,10 +213,12 @@ impl Toy {
     }
 
     fn streams(&self, n: &MemberName) -> bool {
-        let Pg::Standby { timeline, follows: Some(follow), .. } = &self.members[n].pg else { return false };
-        match &self.members[&follow.upstream.member].pg {
+        let Pg::Standby { timeline, replayed, follows: Some(follow), .. } = &self.members[n].pg else { return false };
+        let upstream = &self.members[&follow.upstream.member];
+        match &upstream.pg {
+            _ if !self.members[n].network || !upstream.network => false,
             Pg::Primary { timeline: up, history, .. } => {
-                timeline == up || history.switch_from(TimelineId(*timeline)).is_some()
+                timeline == up || history.switch_from(TimelineId(*timeline)).is_some_and(|left| *replayed <= left.0)
             }
             _ => false,
         }
@@ -201,19 +246,109 @@ impl Toy {
     pub fn round(&mut self) {
         self.now = self.now.plus(ROUND);
         self.replicate();
+        self.acknowledge();
+        self.land();
         self.guard();
-        let names: Vec<MemberName> = self.members.keys().cloned().collect();
-        for n in &names {
-            if self.members[n].agent && !self.members[n].exited {
-                self.keep(n);
-                self.step(n);
+        if self.trouble.is_some() {
+            self.troubled();
+        } else {
+            let names: Vec<MemberName> = self.members.keys().cloned().collect();
+            for n in &names {
+                if self.members[n].agent && !self.members[n].exited {
+                    self.keep(n);
+                    self.step(n);
+                }
             }
         }
         let open = self.primaries();
         assert!(open.len() <= 1, "S1: two members are read-write at once: {open:?}");
+        self.nothing_is_lost();
     }
 
-    /// The primary writes a little; standbys that follow get it.
+    fn chance(&mut self, one_in: u64) -> bool {
+        self.trouble.as_mut().is_some_and(|random| random.one_in(one_in))
+    }
+
+    /// A round whose steps are done in any order.
+    fn troubled(&mut self) {
+        let names: Vec<MemberName> = self.members.keys().cloned().collect();
+        for n in &names {
+            if self.members[n].agent && !self.members[n].exited {
+                self.keep(n);
+                // A plan that was interrupted by a freeze goes on, whatever has happened since.
+                if self.members[n].pending.is_empty() {
+                    let plan = self.plan(n);
+                    self.member(n.as_str()).pending = plan.steps.into();
+                }
+            }
+        }
+        loop {
+            let able = |m: &Member| m.agent && !m.exited && !m.pending.is_empty();
+            let ready: Vec<MemberName> = self.members.iter().filter(|(_, m)| able(m)).map(|(n, _)| n.clone()).collect();
+            let Some(random) = self.trouble.as_mut().filter(|_| !ready.is_empty()) else { return };
+            let n = &ready[random.below(ready.len() as u64) as usize];
+            let Some(step) = self.member(n.as_str()).pending.pop_front() else { return };
+            if !self.execute(n, &step) {
+                self.member(n.as_str()).pending.clear();
+            }
+            if self.chance(300) {
+                self.member(n.as_str()).agent = false;
+            }
+        }
+    }
+
+    /// What the rule in force has released by now.
+    fn acknowledge(&mut self) {
+        let mut told = Vec::new();
+        for (n, m) in &self.members {
+            let Pg::Primary { timeline, flushed, rule, .. } = &m.pg else { continue };
+            let at = if rule.is_empty() {
+                *flushed
+            } else {
+                let k: usize = rule.split_whitespace().nth(1).unwrap().parse().unwrap();
+                let mut has: Vec<u64> = self
+                    .replicas(n)
+                    .iter()
+                    .filter(|r| rule.contains(&format!("\"{}\"", r.application_name)))
+                    .map(|r| r.flushed.unwrap_or_default().0)
+                    .collect();
+                has.sort_unstable_by(|a, b| b.cmp(a));
+                has.get(k - 1).copied().unwrap_or(0)
+            };
+            told.push((*timeline, at));
+        }
+        for (timeline, at) in told {
+            let known = self.acknowledged.entry(timeline).or_default();
+            *known = at.max(*known);
+        }
+    }
+
+    /// S1, S2: whatever was acknowledged is part of the history of whoever is read-write.
+    fn nothing_is_lost(&self) {
+        if self.policy.durability == Durability::Async {
+            return;
+        }
+        for (n, m) in &self.members {
+            let Pg::Primary { timeline, history, .. } = &m.pg else { continue };
+            for (told, at) in self.acknowledged.iter().filter(|(told, at)| *told != timeline && **at > 0) {
+                let kept = history.switch_from(TimelineId(*told)).map(|lsn| lsn.0);
+                assert!(
+                    kept >= Some(*at),
+                    "S2: {n} leads timeline {timeline} with timeline {told} up to {kept:?}, acknowledged was {at}"
+                );
+            }
+        }
+    }
+
+    /// What was sent long ago arrives, or never does.
+    fn land(&mut self) {
+        if !self.held.is_empty() && self.chance(20) {
+            let transaction = self.held.remove(0);
+            self.commit(&transaction);
+        }
+    }
+
+    /// The primary writes a little; standbys that follow get it, in trouble not always.
     fn replicate(&mut self) {
         for m in self.members.values_mut() {
             if let Pg::Primary { flushed, .. } = &mut m.pg {
@@ -221,17 +356,17 @@ impl Toy {
             }
         }
         let all = self.members.clone();
-        for m in self.members.values_mut() {
-            let Pg::Standby { timeline, history, replayed, follows: Some(follow) } = &mut m.pg else { continue };
-            match &all[&follow.upstream.member].pg {
-                Pg::Primary { timeline: up, history: theirs, flushed, .. } => {
-                    let joins = *timeline == *up
-                        || theirs.switch_from(TimelineId(*timeline)).is_some_and(|left| *replayed <= left.0);
-                    if joins {
-                        (*timeline, *history, *replayed) = (*up, theirs.clone(), *flushed);
-                    }
-                }
-                Pg::Standby { .. } | Pg::Down => {}
+        for n in all.keys() {
+            if !self.streams(n) || self.chance(3) {
+                continue;
+            }
+            let Some(Member { pg: Pg::Standby { timeline, history, replayed, follows: Some(follow) }, .. }) =
+                self.members.get_mut(n)
+            else {
+                continue;
+            };
+            if let Pg::Primary { timeline: up, history: theirs, flushed, .. } = &all[&follow.upstream.member].pg {
+                (*timeline, *history, *replayed) = (*up, theirs.clone(), *flushed);
             }
         }
         for m in self.members.values_mut() {
@@ -247,38 +382,35 @@ impl Toy {
 
     /// The guardian: at F = D - K an armed PostgreSQL dies, agent or no agent.
     fn guard(&mut self) {
-        let (now, budget) = (self.now, self.policy.timings.kill_budget);
         for m in self.members.values_mut() {
-            let deadline = match &m.lease {
-                LeaseView::Held { deadline, .. } => Some(*deadline),
-                LeaseView::Lost { deadline, .. } => *deadline,
-                LeaseView::None | LeaseView::Claimed { .. } => None,
-            };
-            // Deadlines of a term that is not armed move nothing.
-            if m.armed.is_some() && m.armed == m.lease.term() {
-                m.fires_at = deadline;
-            }
-            if m.armed.is_some() && m.fires_at.or(deadline).is_some_and(|d| now.any_reached(d.minus(budget))) {
+            if m.armed.is_some() && m.fence.is_some_and(|f| self.now.any_reached(f)) {
                 m.die("killed by the guardian: deadline passed");
             }
         }
     }
 
     fn keep(&mut self, n: &MemberName) {
+        let (lost, lagging) = (self.chance(10), self.chance(2));
         let m = self.members.get_mut(n).unwrap();
-        let Some(revision) = m.kept.filter(|_| m.store) else { return };
+        let Some(revision) = m.kept.filter(|_| m.store && !lagging) else { return };
         let Some(term) = m.lease.term() else { return };
         if self.records.leader.revision() == revision {
             self.seq += 1;
             self.records.revision += 1;
             let lsn = match &m.pg {
                 Pg::Primary { flushed, .. } => Some(Lsn(*flushed)),
-                _ => None,
+                Pg::Standby { .. } | Pg::Down => None,
             };
             let lease = LeaseRecord { term, seq: self.seq, lsn };
             self.records.lease = Entry::Present(Keyed { revision: self.records.revision, value: lease });
+            if lost {
+                return;
+            }
             m.lease = LeaseView::Held { term, deadline: self.policy.timings.deadline(self.now) };
-        } else {
+            if m.armed == Some(term) {
+                m.fence = Some(self.policy.timings.kill_at(self.now));
+            }
+        } else if !lost {
             let deadline = match &m.lease {
                 LeaseView::Held { deadline, .. } => Some(*deadline),
                 LeaseView::Lost { deadline, .. } => *deadline,
@@ -372,18 +504,7 @@ impl Toy {
     }
 
     fn step(&mut self, n: &MemberName) {
-        let view = self.view(n);
-        let plan = decide(&view);
-        let violations = lint::violations(&view, &plan);
-        assert!(violations.is_empty(), "{n}: {}: {violations:?}", plan.rule);
-        // A view is what an incident is replayed from: it survives the way through JSON.
-        let text = serde_json::to_string(&view).unwrap();
-        assert_eq!(decide(&serde_json::from_str::<View>(&text).unwrap()), plan, "equal views give equal plans");
-        if std::env::var_os("TOY_TRACE").is_some() && self.members[n].last.as_ref().map(|p| &p.rule) != Some(&plan.rule)
-        {
-            eprintln!("{} {n} {}: {}", self.now.raw / 1_000_000, plan.rule, plan.reason);
-        }
-        self.members.get_mut(n).unwrap().last = Some(plan.clone());
+        let plan = self.plan(n);
         for step in &plan.steps {
             if !self.execute(n, step) {
                 break;
@@ -391,40 +512,108 @@ impl Toy {
         }
     }
 
+    fn plan(&mut self, n: &MemberName) -> Plan {
+        let view = self.view(n);
+        let plan = decide(&view);
+        let violations = lint::violations(&view, &plan);
+        assert!(violations.is_empty(), "{n}: {}: {violations:?}", plan.rule);
+        // A view is what an incident is replayed from: it survives the way through JSON.
+        if self.trouble.is_none() {
+            let text = serde_json::to_string(&view).unwrap();
+            assert_eq!(decide(&serde_json::from_str::<View>(&text).unwrap()), plan, "equal views give equal plans");
+        }
+        if std::env::var_os("TOY_TRACE").is_some() && self.members[n].last.as_ref().map(|p| &p.rule) != Some(&plan.rule)
+        {
+            eprintln!("{} {n} {}: {}", self.now.raw / 1_000_000, plan.rule, plan.reason);
+        }
+        self.members.get_mut(n).unwrap().last = Some(plan.clone());
+        plan
+    }
+
+    /// Sends a transaction as the agent does, with what the answer leaves in its memory. False: the plan ends here.
+    fn send(&mut self, n: &MemberName, transaction: &Transaction) -> bool {
+        let now = self.now;
+        let answer = match (self.members[n].store, self.chance(15)) {
+            (false, _) => Answer::Refused,
+            (true, false) => self.commit(transaction).map_or(Answer::Refused, Answer::Done),
+            (true, true) if self.chance(2) => {
+                self.commit(transaction);
+                Answer::Unknown
+            }
+            (true, true) => {
+                if self.chance(2) {
+                    self.held.push(transaction.clone());
+                }
+                Answer::Unknown
+            }
+        };
+        let writes_sync = transaction.write.iter().any(|w| matches!(w, Write::Sync(_)));
+        let m = self.members.get_mut(n).unwrap();
+        let revision = match answer {
+            Answer::Done(revision) => revision,
+            Answer::Refused => return false,
+            Answer::Unknown => {
+                m.memory.doubtful_sync |= writes_sync;
+                return writes_sync;
+            }
+        };
+        if writes_sync {
+            m.memory.doubtful_sync = false;
+        }
+        for write in &transaction.write {
+            match write {
+                Write::Sync(_) => (m.memory.doubtful_sync, m.memory.sync_settled) = (false, true),
+                Write::Member(_, record) => m.memory.published = Some((now, (**record).clone())),
+                Write::Leader(record)
+                    if record.holder == m.me.id
+                        && matches!(record.state, LeaderState::Held | LeaderState::Electing { .. }) =>
+                {
+                    m.keep_lease(record.term, revision);
+                }
+                _ => {}
+            }
+        }
+        true
+    }
+
     fn execute(&mut self, n: &MemberName, step: &Step) -> bool {
         let now = self.now;
         if let Step::Commit { transaction, .. } = step {
-            let reached = self.members[n].store;
-            let done = reached && self.commit(transaction);
-            if done {
-                for write in &transaction.write {
-                    if let Write::Sync(_) = write {
-                        self.members.get_mut(n).unwrap().memory.sync_settled = true;
-                    }
-                    if let Write::Member(_, record) = write {
-                        self.members.get_mut(n).unwrap().memory.published = Some((now, (**record).clone()));
-                    }
-                }
-            }
-            return done;
+            return self.send(n, transaction);
         }
         if let Step::HandOver { order } = step {
+            // What is still under way arrives before PostgreSQL has stopped, unless there is no way.
+            let trouble = self.trouble.take();
             self.replicate();
+            self.acknowledge();
+            let there = order.to.as_ref().is_none_or(|to| self.streams(&to.member));
+            self.trouble = trouble;
             let m = self.members.get_mut(n).unwrap();
             m.die_as("stopped", true);
-            let done = self.commit(&order.release);
-            assert!(done, "the release of a hand-over");
+            let job = JobKind::HandOver { to: order.to.as_ref().map(|to| to.member.clone()) };
+            if !there || !self.send(n, &order.release) {
+                assert!(self.trouble.is_some(), "the release of a hand-over");
+                let m = self.members.get_mut(n).unwrap();
+                m.memory.in_place = Some(order.term);
+                m.ended(job, Err("put back"), now);
+                return false;
+            }
             let m = self.members.get_mut(n).unwrap();
-            (m.lease, m.kept) = (LeaseView::None, None);
+            (m.lease, m.kept, m.memory.kept_revision) = (LeaseView::None, None, None);
+            m.ended(job, Ok(()), now);
             return true;
         }
         if let Step::FinishRequest { id, outcome } = step {
             let mut request = self.records.requests[id].value.clone();
             request.outcome = Some(outcome.clone());
-            return self.commit(&Transaction::default().put(Write::Request(request)));
+            return self.members[n].store
+                && self.commit(&Transaction::default().put(Write::Request(request))).is_some();
         }
-        let mut all = self.members.clone();
-        let records = self.records.clone();
+        if step.is_job() && self.chance(12) {
+            self.members.get_mut(n).unwrap().fails(step, now);
+            return false;
+        }
+        let all = self.members.clone();
         let m = self.members.get_mut(n).unwrap();
         if m.state_disk_full && matches!(step, Step::Remember { .. } | Step::Seal { .. }) {
             return false;
@@ -445,16 +634,14 @@ impl Toy {
                 m.memory.durable.must_follow |= *copied;
             }
             Step::ForgetCrashes => m.memory.crashes.clear(),
-            Step::KeepLease { term, leader_revision } => {
-                (m.kept, m.memory.kept_revision) = (Some(*leader_revision), Some(*leader_revision));
-                if m.lease.term() != Some(*term) {
-                    m.lease = LeaseView::Claimed { term: *term };
-                }
-            }
+            Step::KeepLease { term, leader_revision } => m.keep_lease(*term, *leader_revision),
             Step::DropLease => {
                 (m.kept, m.memory.kept_revision, m.lease) = (None, None, LeaseView::None);
             }
-            Step::Kill => m.die("killed by the guardian: asked"),
+            Step::Kill => {
+                m.die("killed by the guardian: asked");
+                m.memory.enforced = None;
+            }
             Step::Disarm => m.armed = None,
             Step::Arm { term } => m.armed = Some(*term),
             Step::Start { follow } => {
@@ -474,8 +661,10 @@ impl Toy {
                     *follows = Some(follow.clone());
                 }
             }
-            Step::Seal { term, .. } => {
-                assert!(m.memory.durable.sealed_term <= *term);
+            Step::Seal { term, leader_revision } => {
+                if m.memory.durable.sealed_term > *term {
+                    return false;
+                }
                 m.memory.durable.sealed_term = *term;
                 let Pg::Standby { timeline, history, replayed, follows } = &mut m.pg else { return false };
                 *follows = None;
@@ -487,15 +676,28 @@ impl Toy {
                 };
                 let seal =
                     SealRecord { term: *term, incarnation: m.me.id.incarnation, position, tags: m.me.tags.clone() };
-                let transaction =
-                    Transaction::when(Key::Leader, records.leader.revision()).put(Write::Seal(n.clone(), seal));
-                self.commit(&transaction);
+                let transaction = Transaction::when(Key::Leader, *leader_revision).put(Write::Seal(n.clone(), seal));
+                return self.send(n, &transaction);
             }
             Step::Promote { order } => {
                 let Pg::Standby { timeline, history, replayed, .. } = &m.pg else { return false };
+                let reserved = (order.parent.0, order.switch.0) == (*timeline, *replayed);
+                let deadline = match &m.lease {
+                    LeaseView::Held { term, deadline } if *term == order.term && reserved => *deadline,
+                    _ => {
+                        m.fails(step, now);
+                        return false;
+                    }
+                };
                 let mut history = history.clone();
                 history.0.push(HistoryEntry { timeline: TimelineId(*timeline), switch: Lsn(*replayed) });
-                m.armed = Some(order.term);
+                (m.armed, m.fence) = (Some(order.term), Some(deadline.minus(self.policy.timings.kill_budget)));
+                if m.fence.is_some_and(|f| now.any_reached(f)) {
+                    // The guardian refuses to arm for a time that is over.
+                    m.armed = None;
+                    m.fails(step, now);
+                    return false;
+                }
                 self.writers.push((n.clone(), order.timeline.0));
                 m.pg = Pg::Primary {
                     timeline: order.timeline.0,
@@ -503,21 +705,13 @@ impl Toy {
                     flushed: *replayed,
                     rule: SyncRule::Nobody.to_string(),
                 };
-                m.memory = std::mem::take(&mut m.memory).job_ended(
-                    &JobKind::Promote { term: order.term },
-                    &Ok(String::new()),
-                    now,
-                );
+                m.ended(JobKind::Promote { term: order.term }, Ok(()), now);
             }
             Step::Enforce { to, .. } => {
                 if let Pg::Primary { rule, .. } = &mut m.pg {
                     *rule = to.to_string();
                 }
-                m.memory = std::mem::take(&mut m.memory).job_ended(
-                    &JobKind::Enforce { to: to.clone() },
-                    &Ok(String::new()),
-                    now,
-                );
+                m.ended(JobKind::Enforce { to: to.clone() }, Ok(()), now);
             }
             Step::Bootstrap => {
                 m.me.system_identifier = Some(SYSTEM);
@@ -526,13 +720,24 @@ impl Toy {
             }
             Step::SetAside { .. } => m.data = DataDirectory::Empty,
             Step::Clone { from } => {
-                let source = all.remove(&from.member).unwrap();
+                let source = &all[&from.member];
+                if matches!(source.pg, Pg::Down) || !source.network || !m.network {
+                    m.fails(step, now);
+                    return false;
+                }
+                assert!(matches!(m.data, DataDirectory::Empty), "S5: a clone over {:?}", m.data);
                 m.disk = source.disk.clone();
                 m.data = present(m.disk.0);
+                m.ended(JobKind::Clone { from: from.member.clone() }, Ok(()), now);
             }
             Step::Rewind { from, .. } => {
-                let source = all.remove(&from.member).unwrap();
                 m.die_as("stopped", true);
+                let source = &all[&from.member];
+                if matches!(source.pg, Pg::Down) || !source.network || !m.network {
+                    m.fails(step, now);
+                    return false;
+                }
+                m.ended(JobKind::Rewind { from: from.member.clone() }, Ok(()), now);
                 m.disk = source.disk.clone();
                 m.pg = Pg::Down;
                 m.memory.durable.must_follow = true;
@@ -545,10 +750,10 @@ impl Toy {
         true
     }
 
-    pub fn commit(&mut self, transaction: &Transaction) -> bool {
+    pub fn commit(&mut self, transaction: &Transaction) -> Option<i64> {
         let holds = transaction.compare.iter().all(|c| self.revision(&c.key) == c.revision);
         if !holds {
-            return false;
+            return None;
         }
         self.records.revision += 1;
         let revision = self.records.revision;
@@ -581,7 +786,7 @@ impl Toy {
                 Write::Delete(key) => panic!("nobody deletes {key:?}"),
             }
         }
-        true
+        Some(revision)
     }
 
     fn revision(&self, key: &Key) -> i64 {
@@ -616,14 +821,51 @@ impl Member {
             self.pg = Pg::Down;
             self.exit = Some(Exit { how: how.to_owned(), orderly, start_number: self.starts });
         }
-        self.armed = None;
-        self.fires_at = None;
+        (self.armed, self.fence) = (None, None);
+    }
+
+    fn keep_lease(&mut self, term: pgvigil::core::timeline::Term, revision: i64) {
+        (self.kept, self.memory.kept_revision) = (Some(revision), Some(revision));
+        if self.lease.term() != Some(term) {
+            self.lease = LeaseView::Claimed { term };
+        }
+    }
+
+    fn ended(&mut self, what: JobKind, result: Result<(), &str>, now: Moment) {
+        let result = result.map(|()| String::new()).map_err(str::to_owned);
+        self.memory = std::mem::take(&mut self.memory).job_ended(&what, &result, now);
+    }
+
+    /// A job that does not get to its end, with what it leaves behind.
+    fn fails(&mut self, step: &Step, now: Moment) {
+        let what = match step {
+            Step::Promote { order } => {
+                self.die("killed by the guardian: the promotion failed");
+                JobKind::Promote { term: order.term }
+            }
+            Step::Enforce { to, .. } => JobKind::Enforce { to: to.clone() },
+            Step::Clone { from } => {
+                self.data = DataDirectory::Unfinished { what: "clone".to_owned() };
+                JobKind::Clone { from: from.member.clone() }
+            }
+            Step::Rewind { from, .. } => {
+                self.die_as("stopped", true);
+                self.data = DataDirectory::Unfinished { what: "rewind".to_owned() };
+                JobKind::Rewind { from: from.member.clone() }
+            }
+            Step::Seal { term, .. } => JobKind::Seal { term: *term },
+            Step::Bootstrap => JobKind::Bootstrap,
+            Step::RestartInPlace { .. } => JobKind::Restart,
+            _ => JobKind::Stop,
+        };
+        self.ended(what, Err("failed"), now);
     }
 
     /// The agent's process starts anew: only what is on disk is known.
     pub fn restart_agent(&mut self) {
         self.memory = Memory { durable: self.memory.durable.clone(), ..Memory::default() };
         (self.lease, self.kept) = (LeaseView::None, None);
+        self.pending.clear();
         self.agent = true;
         self.me.start_counter += 1;
     }
