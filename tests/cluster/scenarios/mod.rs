@@ -121,6 +121,17 @@ async fn until_status(cluster: &Cluster, member: usize, what: &str, right: impl 
     }
 }
 
+/// Every member that streams is in the published set of this leader: any of them may be the next one.
+async fn synchronous(cluster: &Cluster, leader: usize) {
+    until_status(cluster, leader, "all streaming members in the synchronous set", |status| {
+        let set: Vec<&Value> = status["durability"]["members"].as_array().into_iter().flatten().collect();
+        let members = status["members"].as_array().into_iter().flatten();
+        let mut streaming = members.filter(|m| m["state"] == "streaming").peekable();
+        streaming.peek().is_some() && streaming.all(|m| set.contains(&&m["name"]))
+    })
+    .await;
+}
+
 fn brief(status: &Value) -> Value {
     serde_json::json!({
         "leader": status["leader"], "durability": status["durability"], "decision": status["decision"],

@@ -31,12 +31,15 @@ async fn tags_choose_the_next_leader() {
     writes(&writer).await;
     assert_eq!(cluster.healthy(PATIENCE).await.unwrap(), high);
 
+    synchronous(&cluster, high).await;
     // Agent and PostgreSQL gone: no release by name, the members choose by themselves.
     cluster.kill_member(high);
     cluster.agent_gone(high, PATIENCE).await.unwrap();
     assert_eq!(cluster.wait_for_primary_but(high, PATIENCE).await.unwrap(), leader);
     writes(&writer).await;
 
+    // Without node `high`, which is down: the two others are all that is needed.
+    synchronous(&cluster, leader).await;
     // Only the member that must not lead is left: nobody leads, and it says why.
     let waits = {
         cluster.kill_member(leader);
