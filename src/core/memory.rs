@@ -130,15 +130,15 @@ impl Memory {
             self.stalled = BTreeMap::new();
             return;
         };
-        self.streamed = primary
-            .replicas
-            .iter()
-            .filter(|replica| replica.state == "streaming")
-            .filter_map(|replica| {
-                let (id, term) = parse_walreceiver_name(&replica.application_name)?;
-                (term == self.term).then(|| (id.name, (replica.flushed.unwrap_or_default(), now)))
-            })
-            .collect();
+        // Kept with the moment, not replaced: our own session can outlive the walsenders by an instant when the
+        // postmaster dies, and then sees nobody.
+        for replica in primary.replicas.iter().filter(|replica| replica.state == "streaming") {
+            if let Some((id, term)) = parse_walreceiver_name(&replica.application_name)
+                && term == self.term
+            {
+                self.streamed.insert(id.name, (replica.flushed.unwrap_or_default(), now));
+            }
+        }
         for id in &claim.members {
             let streams = primary.replicas.iter().any(|replica| {
                 replica.state == "streaming"

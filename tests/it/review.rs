@@ -302,6 +302,25 @@ fn a_stopping_leader_without_postgresql_still_releases() {
     toy.until("the old one ended", 30, |t| t.members[&old].exited);
 }
 
+/// The agent's own session outlives the walsenders by an instant when the postmaster dies. What it saw then made the leader
+/// restart in place, for 1.8 s instead of 0.2.
+#[test]
+fn a_last_look_at_a_dying_primary_does_not_hide_its_standbys() {
+    let mut toy = running(Durability::Sync);
+    let old = toy.leader().unwrap();
+    let standbys: Vec<Pg> = others(&old).iter().map(|n| toy.members[n].pg.clone()).collect();
+    for n in others(&old) {
+        toy.member(n.as_str()).pg = Pg::Down;
+    }
+    let seen = toy.view(&old);
+    assert!(seen.local.postgres.primary().is_some_and(|p| p.replicas.is_empty()));
+    for (n, pg) in others(&old).iter().zip(standbys) {
+        toy.member(n.as_str()).pg = pg;
+    }
+    toy.member(old.as_str()).die("signal 9");
+    toy.until("another leader", 25, |t| t.leader().is_some_and(|l| l != old));
+}
+
 /// L1: elections that cannot end must not burn terms as fast as the store answers.
 #[test]
 fn when_the_best_may_not_lead_elections_are_paced_and_async_goes_on() {
