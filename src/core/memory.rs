@@ -68,6 +68,7 @@ impl Memory {
         if let Some(leader) = leader {
             if leader.value.term != self.term {
                 self.begin_term(leader.value.term);
+                self.term_since = Some(observed_at);
             }
             if leader.value.term < self.durable.highest_term {
                 // An old record came back; ours is kept, to be written again.

@@ -300,6 +300,8 @@ pub struct Memory {
     pub durable: Durable,
     /// The term that the per-term parts below belong to.
     pub term: Term,
+    /// When that term was first seen here.
+    pub term_since: Option<Moment>,
     pub silence: Option<Silence>,
     pub releases: Option<SeenRelease>,
     /// Since when each member of the published set has not streamed, as this leader saw it.

@@ -35,6 +35,13 @@ pub fn rule(view: &View) -> Option<Plan> {
     }
     let failures = view.memory.crashes.len();
     Some(match &view.local.postgres {
+        LocalPostgres::Down if leader.value.state != LeaderState::Held && !view.memory.durable.must_follow => {
+            // Not in the way of a promotion that does without us.
+            let since = view.memory.term_since.unwrap_or(view.now);
+            Plan::new("follow.wait", format!("{upstream} is being promoted"))
+                .steps(facts.start_when_needed(since))
+                .wake_at(since.plus(view.policy.election_wait))
+        }
         LocalPostgres::Down => start(&facts, failures, &upstream, leader.value.term),
         LocalPostgres::Starting { why } => starting(&facts, why, &upstream, leader.value.term),
         LocalPostgres::Standby(standby) => follow(&facts, &leader.value, standby, upstream, timeline, switch),

@@ -46,9 +46,24 @@ pub fn seal(facts: &Facts<'_>, term: crate::core::timeline::Term, leader_revisio
         LocalPostgres::Standby(_) => {
             Plan::new("seal", format!("{because}: sealing")).step(Step::Seal { term, leader_revision })
         }
-        LocalPostgres::Down => {
+        // The coordinator itself always starts: it is there to be sealed.
+        LocalPostgres::Down if facts.mine().is_some() => {
             Plan::new("seal.start", format!("{because}: starting PostgreSQL parked to learn its position"))
                 .steps(facts.start_parked())
+        }
+        LocalPostgres::Down => {
+            let since = facts.view.memory.term_since.unwrap_or(facts.now());
+            let wake = since.plus(facts.view.policy.election_wait);
+            match facts.start_when_needed(since) {
+                Some(start) => {
+                    Plan::new("seal.start", format!("{because}: starting PostgreSQL parked to learn its position"))
+                        .step(start)
+                }
+                None => {
+                    Plan::new("seal.others", format!("{because}: the others are enough, PostgreSQL starts after it"))
+                        .wake_at(wake)
+                }
+            }
         }
         LocalPostgres::Starting { why } => {
             Plan::new("seal.recovery", format!("{because}: waiting for recovery here ({why})"))

@@ -140,7 +140,8 @@ fn name_or_others(to: Option<&MemberName>) -> String {
 fn hold(facts: &Facts<'_>, why: String, at: Moment) -> Option<Plan> {
     let mut plan = Plan::new("takeover.hold", why).wake_at(at);
     if matches!(facts.view.local.data, DataDirectory::Present { .. }) {
-        plan = plan.steps(facts.start_parked());
+        let since = facts.view.memory.releases.map(|r| r.first_seen).unwrap_or(facts.now());
+        plan = plan.steps(facts.start_when_needed(since));
     }
     Some(plan)
 }
