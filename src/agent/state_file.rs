@@ -165,6 +165,12 @@ impl StateFile {
         if self.contents.durable.must_follow { self.change(|c| c.durable.must_follow = false) } else { Ok(()) }
     }
 
+    /// A rewind ended before it touched anything, or left the marker of an unfinished one: what can be started is the old
+    /// data, which reach the end of their own WAL without anybody.
+    pub fn was_not_rewound(&mut self) -> Result<(), StateError> {
+        self.is_consistent()
+    }
+
     fn change(&mut self, change: impl FnOnce(&mut Contents)) -> Result<(), StateError> {
         let mut next = self.contents.clone();
         change(&mut next);
