@@ -17,7 +17,7 @@ use super::status::{Counters, Decision, Status};
 use crate::core::decide::decide;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::{Key, LeaderState, Operation, Request, Transaction, Write};
-use crate::core::view::{GuardState, LeaseView, Local, LocalPostgres, Me, Memory, Policy, Store, View};
+use crate::core::view::{GuardState, JobKind, LeaseView, Local, LocalPostgres, Me, Memory, Policy, Store, View};
 use crate::core::{Moment, lint};
 use crate::ports::DcsError;
 
@@ -232,7 +232,7 @@ impl Agent {
                 warn!(job = %job.what(), took_ms, error, "job failed");
             }
         }
-        if ended.result.is_ok() && matches!(job.what(), crate::core::view::JobKind::Promote { .. }) {
+        if ended.result.is_ok() && matches!(job.what(), JobKind::Promote { .. }) {
             self.counters.promotions += 1;
         }
         self.memory = std::mem::take(&mut self.memory).job_ended(job.what(), &ended.result, now);

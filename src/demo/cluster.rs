@@ -14,6 +14,7 @@ use super::sql::{self, Login, Session};
 use super::writer::{Address, Ids, Writer};
 use super::{ports, processes};
 use crate::client::Client;
+use crate::fencing::control_group_name;
 
 /// Between two looks at the agents' answers while a state is waited for: they tell no strangers of changes.
 const LOOK: Duration = Duration::from_millis(50);
@@ -380,7 +381,8 @@ impl Cluster {
     fn remove(&mut self) -> Option<PathBuf> {
         self.ended = true;
         for member in &self.members {
-            processes::remove_control_group(&format!("pgvigil-{}-{}", self.name, member.name));
+            let socket = member.directory.join("state/guardian.sock");
+            processes::remove_control_group(&control_group_name(&self.name, &member.name, &socket));
         }
         if self.keep {
             let _ = std::fs::remove_file(self.base.join(OWNER));

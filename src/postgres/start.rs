@@ -1,5 +1,8 @@
 //! Everything that has to be true before PostgreSQL starts, and what the guardian is to start.
 
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
+
 use crate::core::plan::SyncRule;
 use crate::core::timeline::TimelineId;
 use crate::core::view::DataDirectory;
@@ -24,6 +27,7 @@ pub async fn prepare(server: &LocalServer, mode: &StartMode) -> Result<Launch, P
         DataDirectory::Foreign { why } | DataDirectory::Unknown { why } => return Err(broken(what, why)),
     }
     refuse_what_ends_recovery(server)?;
+    port_is_free(server)?;
     let control = server.control_file(what)?;
 
     let newest = timelines::newest_own(layout, &control)?;
@@ -77,6 +81,31 @@ fn parked_target(
     }
     // PostgreSQL would stop looking at the gap. Named outright it is found; following on wants another start then.
     Ok(settings::timeline_target(newest))
+}
+
+/// PostgreSQL itself says so in a log that nobody reads, and ends; this says who has to do what. Only what is certain: an
+/// address that this program cannot judge is left to PostgreSQL.
+fn port_is_free(server: &LocalServer) -> Result<(), PostgresError> {
+    let port = server.config.me().port;
+    for address in server.config.postgresql.listen.split(',').map(str::trim) {
+        let address = match address {
+            "*" => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            other => match other.parse() {
+                Ok(address) => address,
+                Err(_) => continue,
+            },
+        };
+        if let Err(error) = TcpListener::bind((address, port))
+            && error.kind() == ErrorKind::AddrInUse
+        {
+            let why = format!(
+                "port {port} of {address} is in use by another program: stop it (`ss -ltnp` names it), or give this member \
+                 another port"
+            );
+            return Err(broken("start postgresql", why));
+        }
+    }
+    Ok(())
 }
 
 /// S8: nothing but a promotion may end recovery. Leftovers of a restore are a person's unfinished work: refused, kept.

@@ -3,6 +3,7 @@
 
 use pgvigil::core::records::{Durability, Entry, Keyed, LeaderState, Operation, Outcome, Request};
 use pgvigil::core::timeline::Term;
+use pgvigil::core::view::DataDirectory;
 
 use crate::toy::{Pg, Toy, name};
 
@@ -387,4 +388,15 @@ fn a_destroyed_leader_record_is_written_again_and_nothing_else_happens() {
     a_lease_later(&mut toy, &leader, "rolled back");
     assert!(toy.records.leader().unwrap().term > term, "terms only grow");
     assert_eq!(toy.writers.len(), writers, "nobody was promoted");
+}
+
+#[test]
+fn an_agent_that_refuses_its_directory_still_stops() {
+    let mut toy = Toy::new(&["a", "b", "c"], Durability::Sync);
+    let a = toy.member("a");
+    a.data = DataDirectory::Foreign { why: "somebody else's".to_owned() };
+    toy.round();
+    assert_eq!(toy.member("a").last.as_ref().unwrap().rule, "identity.refused");
+    toy.member("a").stopping = true;
+    toy.until("the end of a", 5, |t| t.members[&name("a")].exited);
 }

@@ -8,9 +8,17 @@ use crate::core::view::{DataDirectory, View};
 
 /// Does this directory, this state file and this store belong together?
 pub fn belongs(view: &View) -> Option<Plan> {
+    // Told to stop, that is what happens: stopping touches nothing that is not ours.
+    if view.stopping {
+        return None;
+    }
     let refuse = |why: String| Some(Plan::new("identity.refused", why));
     let in_directory = match &view.local.data {
-        DataDirectory::Foreign { why } => return refuse(format!("{why}; nothing is touched")),
+        DataDirectory::Foreign { why } => {
+            return refuse(format!(
+                "{why}; nothing is touched: let postgresql.data_dir name this member's own directory, or an empty one"
+            ));
+        }
         DataDirectory::Present { system_identifier, .. } => Some(*system_identifier),
         DataDirectory::Empty | DataDirectory::Unfinished { .. } | DataDirectory::Unknown { .. } => None,
     };

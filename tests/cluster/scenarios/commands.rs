@@ -2,12 +2,6 @@
 
 use super::*;
 
-fn set_aside(cluster: &Cluster, member: usize) -> Vec<PathBuf> {
-    let data = cluster.members[member].data_dir();
-    let entries = std::fs::read_dir(data.parent().unwrap()).unwrap().flatten().map(|entry| entry.path());
-    entries.filter(|path| *path != data && path.join("PG_VERSION").is_file()).collect()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn operations_are_done_or_refused_with_a_reason() {
     let (mut cluster, leader, mut writer) = playing(options()).await;

@@ -197,6 +197,13 @@ async fn ask(cluster: &Cluster, arguments: &[&str]) -> (i32, Value) {
     (output.status.code().unwrap_or(-1), body)
 }
 
+/// Data directories of this member that were renamed out of the way.
+fn set_aside(cluster: &Cluster, member: usize) -> Vec<PathBuf> {
+    let data = cluster.members[member].data_dir();
+    let entries = std::fs::read_dir(data.parent().unwrap()).unwrap().flatten().map(|entry| entry.path());
+    entries.filter(|path| *path != data && path.join("PG_VERSION").is_file()).collect()
+}
+
 /// Everything below a directory with sizes, to see that nothing changed.
 fn listing(directory: &Path) -> Vec<(PathBuf, u64)> {
     let mut found = Vec::new();
