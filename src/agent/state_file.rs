@@ -250,6 +250,18 @@ mod tests {
     }
 
     #[test]
+    fn what_was_remembered_never_goes_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut state = open(directory.path()).unwrap();
+        state.remember(Term(7), Term(6), 1, 100).unwrap();
+        state.remember(Term(3), Term(2), 1, 50).unwrap();
+        assert!(state.seal(Term(9)).unwrap());
+        drop(state);
+        let durable = open(directory.path()).unwrap().durable().clone();
+        assert_eq!((durable.highest_term, durable.highest_sync_term, durable.store_revision), (Term(9), Term(6), 100));
+    }
+
+    #[test]
     fn a_second_agent_on_the_directory_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let _first = open(directory.path()).unwrap();
