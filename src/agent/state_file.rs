@@ -255,10 +255,12 @@ mod tests {
         let mut state = open(directory.path()).unwrap();
         state.remember(Term(7), Term(6), 1, 100).unwrap();
         state.remember(Term(3), Term(2), 1, 50).unwrap();
-        assert!(state.seal(Term(9)).unwrap());
         drop(state);
-        let durable = open(directory.path()).unwrap().durable().clone();
-        assert_eq!((durable.highest_term, durable.highest_sync_term, durable.store_revision), (Term(9), Term(6), 100));
+        let mut state = open(directory.path()).unwrap();
+        let durable = state.durable().clone();
+        assert_eq!((durable.highest_term, durable.highest_sync_term, durable.store_revision), (Term(7), Term(6), 100));
+        assert!(state.seal(Term(9)).unwrap());
+        assert_eq!(state.durable().highest_term, Term(9));
     }
 
     #[test]

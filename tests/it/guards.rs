@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use pgvigil::core::Lsn;
 use pgvigil::core::decide::decide;
+use pgvigil::core::election::{Verdict, judge};
 use pgvigil::core::lint;
 use pgvigil::core::plan::{Follow, Plan, PromoteOrder, Source, Step, SyncRule, walreceiver_name};
 use pgvigil::core::records::{
     DataSummary, Durability, Entry, Key, Keyed, LeaderRecord, LeaderState, Membership, Position, SealRecord,
-    Transaction, Winner, Write,
+    TimelineReservation, Transaction, Winner, Write,
 };
 use pgvigil::core::testing::{Cluster, END, SYSTEM, cluster, id, lag, name, secs};
 use pgvigil::core::timeline::{HistoryEntry, Term, TimelineId};
@@ -184,6 +185,10 @@ fn what_does_not_belong_together_is_refused() {
         cases.push((why, view));
     };
     case("another database in the directory", &|v| v.local.data = present(1));
+    case("another database in the directory, the store is silent", &|v| {
+        v.local.data = present(1);
+        v.store = Store::Unknown { why: "cut".to_owned(), since: v.now };
+    });
     case("a state file of another cluster", &|v| {
         (v.local.data, v.me.system_identifier) = (DataDirectory::Empty, Some(1))
     });
@@ -504,4 +509,55 @@ fn wal_of_another_history_is_rewound_and_not_followed_over() {
     };
     assert_eq!(with(END.0), "follow.turn");
     assert_eq!(with(END.0 + 8), "follow.rewind");
+}
+
+// === Counting seals and comparing positions (S1, S2, S3) ===
+
+/// b elects for term 5; the seals as given: member, term, incarnation's member, timeline, position.
+fn judged(seals: &[(&str, u64, &str, u32, Lsn)]) -> Verdict {
+    let mut view = led().seen_by("b");
+    let record = leader(&mut view);
+    (record.holder, record.term) = (id("b"), Term(5));
+    let last = record.last.as_mut().unwrap();
+    (last.timeline, last.parent, last.switch) = (TimelineId(2), Some(TimelineId(1)), Some(lag(100)));
+    let record = record.clone();
+    let r = records(&mut view);
+    let reservation = TimelineReservation { term: Term(4), parent: TimelineId(1), switch: lag(100) };
+    r.timelines.insert(TimelineId(2), reservation);
+    for (n, term, incarnation, timeline, at) in seals {
+        let position =
+            Position { timeline: TimelineId(*timeline), replayed: *at, received: *at, history: Default::default() };
+        let incarnation = id(incarnation).incarnation;
+        let seal = SealRecord { term: Term(*term), incarnation, position, tags: Default::default() };
+        r.seals.insert(name(n), Keyed { revision: 70, value: seal });
+    }
+    judge(r, &record, 1 << 20, None)
+}
+
+fn winner_of(verdict: &Verdict) -> Option<String> {
+    match verdict {
+        Verdict::Elected(elected) => Some(elected.winner.member.name.to_string()),
+        Verdict::Waiting { .. } | Verdict::Impossible { .. } => None,
+    }
+}
+
+#[test]
+fn a_seal_counts_for_its_term_and_its_incarnation_only() {
+    let b = ("b", 5, "b", 2, END);
+    assert_eq!(winner_of(&judged(&[b, ("c", 5, "c", 2, END)])), Some("b".to_owned()));
+    assert_eq!(winner_of(&judged(&[b])), None);
+    assert_eq!(winner_of(&judged(&[b, ("c", 4, "c", 2, END)])), None, "a seal of the term before");
+    assert_eq!(winner_of(&judged(&[b, ("c", 5, "x", 2, END)])), None, "another incarnation");
+}
+
+#[test]
+fn the_line_of_history_decides_and_not_the_number() {
+    let behind = ("b", 5, "b", 2, lag(50));
+    assert_eq!(winner_of(&judged(&[behind, ("c", 5, "c", 2, END)])), Some("c".to_owned()));
+    // c wrote on where timeline 1 had been left: more bytes, another history.
+    assert_eq!(winner_of(&judged(&[behind, ("c", 5, "c", 1, END)])), Some("b".to_owned()));
+    let diverged = judged(&[("b", 5, "b", 1, END), ("c", 5, "c", 1, END)]);
+    assert_eq!(winner_of(&diverged), None, "both left the history");
+    let early = judged(&[("b", 5, "b", 1, lag(100)), ("c", 5, "c", 1, lag(200))]);
+    assert_eq!(winner_of(&early), Some("b".to_owned()), "both are on the way to it");
 }
