@@ -258,6 +258,20 @@ mod tests {
     }
 
     #[test]
+    fn what_was_remembered_never_goes_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut state = open(directory.path()).unwrap();
+        state.remember(Term(7), Term(6), 1, 100).unwrap();
+        state.remember(Term(3), Term(2), 1, 50).unwrap();
+        drop(state);
+        let mut state = open(directory.path()).unwrap();
+        let durable = state.durable().clone();
+        assert_eq!((durable.highest_term, durable.highest_sync_term, durable.store_revision), (Term(7), Term(6), 100));
+        assert!(state.seal(Term(9)).unwrap());
+        assert_eq!(state.durable().highest_term, Term(9));
+    }
+
+    #[test]
     fn a_second_agent_on_the_directory_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let _first = open(directory.path()).unwrap();

@@ -9,6 +9,7 @@ mod dcs_contract;
 mod decide;
 mod guardian;
 mod guardian_postgresql;
+mod guards;
 mod layers;
 mod random;
 mod review;

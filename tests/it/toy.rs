@@ -11,7 +11,7 @@ use std::time::Duration;
 use pgvigil::core::decide::decide;
 use pgvigil::core::lease::Timings;
 use pgvigil::core::lint;
-use pgvigil::core::plan::{Follow, Plan, Step, SyncRule};
+use pgvigil::core::plan::{Follow, NOBODY, Plan, Step, SyncRule, parse_walreceiver_name};
 use pgvigil::core::records::{
     ClusterRecords, Durability, Entry, Key, Keyed, LeaderState, LeaseRecord, Position, SealRecord, Tags, Transaction,
     Write,
@@ -263,6 +263,29 @@ impl Toy {
         let open = self.primaries();
         assert!(open.len() <= 1, "S1: two members are read-write at once: {open:?}");
         self.nothing_is_lost();
+        self.the_store_says_no_more();
+    }
+
+    /// S9: what is in force at the primary is at least as strict as the published claim, seen from it.
+    fn the_store_says_no_more(&self) {
+        let Some(claim) = self.records.sync.value() else { return };
+        let holder = self.records.leader().map(|l| &l.holder);
+        for m in self.members.values() {
+            let Pg::Primary { rule, .. } = &m.pg else { continue };
+            if holder != Some(&m.me.id) || rule.contains(NOBODY) {
+                continue;
+            }
+            let electorate = claim.electorate();
+            let (mut strangers, mut k) = (0, 0);
+            if !rule.is_empty() {
+                k = rule.split_whitespace().nth(1).unwrap().parse().unwrap();
+                let known = |name: &str| {
+                    parse_walreceiver_name(name).is_some_and(|(id, _)| id != m.me.id && electorate.contains(&id))
+                };
+                strangers = rule.split('"').skip(1).step_by(2).filter(|name| !known(name)).count() as u32;
+            }
+            assert!(k.max(strangers) - strangers >= claim.k, "S9: `{rule}` is in force, published is {claim:?}");
+        }
     }
 
     fn chance(&mut self, one_in: u64) -> bool {
