@@ -450,6 +450,7 @@ fn sitting(change: impl FnOnce(&mut View)) -> Plan {
     let mut view = led().seen_by("a");
     view.memory.kept_revision = Some(50);
     view.memory.term = Term(4);
+    view.memory.sync_settled = true;
     let members = view.me.configured.iter().cloned().collect();
     let membership = Membership { term: Term(4), members };
     records(&mut view).membership = Entry::Present(Keyed { revision: 40, value: membership });
@@ -461,6 +462,7 @@ fn sitting(change: impl FnOnce(&mut View)) -> Plan {
 fn a_doubtful_claim_is_written_again_before_anything_else() {
     assert_eq!(sitting(|_| {}).rule, "leader.slots");
     assert_eq!(sitting(|v| v.memory.doubtful_sync = true).rule, "leader.sync_doubt");
+    assert_eq!(sitting(|v| v.memory.sync_settled = false).rule, "leader.sync_doubt");
 }
 
 #[test]
@@ -524,6 +526,8 @@ fn judged(seals: &[(&str, u64, &str, u32, Lsn)]) -> Verdict {
     let r = records(&mut view);
     let reservation = TimelineReservation { term: Term(4), parent: TimelineId(1), switch: lag(100) };
     r.timelines.insert(TimelineId(2), reservation);
+    // Nobody has said more of itself than its seal says.
+    r.members.values_mut().for_each(|m| m.value.replayed = None);
     for (n, term, incarnation, timeline, at) in seals {
         let position =
             Position { timeline: TimelineId(*timeline), replayed: *at, received: *at, history: Default::default() };

@@ -25,7 +25,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("client", &["config"]),
     ("cli", &["app", "client", "config", "core", "demo", "api", "agent::status", "guardian", "telemetry"]),
     // Of the guardian its words only: a deadline is asked for where its agent is stopped.
-    ("demo", &["client", "config", "core", "guardian::wire"]),
+    ("demo", &["client", "config", "core", "guardian::wire", "fencing::control_group_name"]),
     ("app", ALL),
     ("main", ALL),
     ("lib", ALL),
