@@ -44,12 +44,12 @@ impl Stranger {
     }
 
     async fn get(&mut self, key: &str) -> Option<String> {
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(10);
         let found = loop {
             match self.client.get(format!("{}{key}", self.root), None).await {
                 Ok(found) => break found,
                 // etcd elects a leader of its own: asked again until it has one.
-                Err(error) => assert!(std::time::Instant::now() < deadline, "{error}"),
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
             }
         };
         found.kvs().first().map(|kv| kv.value_str().unwrap_or_default().to_owned())
