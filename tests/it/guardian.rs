@@ -28,10 +28,10 @@ const TERM: Term = Term(4);
 
 /// With an orderly end at SIGINT, like a fast shutdown.
 const TREE: &str = r#"
+    trap 'exit 0' INT
     (while :; do sleep 0.01; done) &
     setsid sh -c 'while :; do sleep 0.01; done' &
     (setsid sh -c 'while :; do sleep 0.01; done' &)
-    trap 'exit 0' INT
     echo ready
     while :; do sleep 0.01; done
 "#;
@@ -493,9 +493,8 @@ async fn postgresql_runs_as_its_user_with_its_groups_and_a_clean_slate() {
     let script = "id -u; id -g; id -G; grep -E 'SigBlk|SigIgn' /proc/self/status; env | sort; ls /proc/self/fd | wc -w";
     let launch = Launch { user: Some((65534, 65534, vec![65534, 12])), ..rig.launch(script) };
     rig.fence.start(&launch).await.unwrap();
-    let log = &launch.log_file;
-    wait_until("it wrote", || fs::read_to_string(log).is_ok_and(|text| text.lines().count() >= 8)).await;
-    let text = fs::read_to_string(log).unwrap();
+    assert!(rig.idle().await.unwrap().orderly);
+    let text = fs::read_to_string(&launch.log_file).unwrap();
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(&lines[..2], ["65534", "65534"], "{text}");
     assert!(lines[2] == "65534 12" || lines[2] == "12 65534", "{text}");
@@ -505,7 +504,6 @@ async fn postgresql_runs_as_its_user_with_its_groups_and_a_clean_slate() {
     assert!(!text.contains("CARGO"), "the environment is the given one only: {text}");
     // Input, output, errors, and ls's own.
     assert_eq!(lines.last(), Some(&"4"), "{text}");
-    assert!(rig.idle().await.unwrap().orderly);
 }
 
 // === The guardian itself ===
