@@ -34,6 +34,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("agent")
+        .on_thread_start(crate::agent::priority::raise)
         .enable_all()
         .build()
         .context("start the runtime")?;
@@ -74,6 +75,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         clock: clock.clone(),
         keeper: Arc::new(keeper),
         state: Arc::new(Mutex::new(state)),
+        kill_budget: config.policy.timings.kill_budget,
     };
     let (status_tx, status) = watch::channel(None);
     let (asked_tx, asked) = mpsc::channel(16);
@@ -83,7 +85,9 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     let api = start_api(&config, listener, status.clone(), asked_tx, clock.clone(), shutdown.clone())?;
     let signals = tokio::spawn(signals(wanted_tx));
     let supervision = tokio::spawn(tell_systemd(status));
-    let end = Agent::new(world, me, config.policy.clone(), asked, wanted, status_tx).run().await;
+    // On a worker thread: those have the priority, this one does not, and neither has what it starts.
+    let agent = Agent::new(world, me, config.policy.clone(), asked, wanted, status_tx);
+    let end = tokio::spawn(agent.run()).await.context("the decision loop ended by itself")?;
 
     shutdown.cancel();
     signals.abort();

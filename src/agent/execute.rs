@@ -10,6 +10,8 @@ use super::state_file::{StateError, StateFile};
 use crate::core::Moment;
 use crate::core::plan::{Follow, Step};
 use crate::core::records::{ClusterRecords, Key, LeaderState, MemberRecord, Outcome, Transaction, Write};
+use crate::core::timeline::Term;
+use crate::core::view::LeaseView;
 use crate::ports::{Clock, Dcs, DcsError, Fence, FenceError, Postgres, PostgresError, StartMode};
 
 /// Deadlines of short steps. Each is far below the time after which the keeper takes the loop for dead.
@@ -28,6 +30,8 @@ pub struct World {
     pub clock: Arc<dyn Clock>,
     pub keeper: Arc<LeaseKeeper>,
     pub state: Arc<Mutex<StateFile>>,
+    /// K: how long before the lease's deadline the guardian kills.
+    pub kill_budget: Duration,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +82,8 @@ impl World {
                 self.state().remember(*highest_term, *highest_sync_term, *store_id, *store_revision)?;
             }
             Step::Join { system_identifier } => self.state().join(*system_identifier)?,
-            Step::NewIncarnation => self.state().begin_incarnation()?,
+            Step::NewIncarnation { copied } => self.state().begin_incarnation(*copied)?,
+            Step::Arm { term } => self.arm(*term).await?,
             Step::ForgetCrashes => return Ok(vec![Effect::CrashesForgotten]),
             Step::KeepLease { term, leader_revision } => {
                 self.keeper.keep(*term, *leader_revision);
@@ -113,6 +118,7 @@ impl World {
             Step::KeepSlots { members } => self.postgres.keep_slots(members, SQL_DEADLINE).await?,
             Step::Reload => self.postgres.reload().await?,
             Step::SetAside { why } => {
+                self.still_led_as_planned(records).await?;
                 let place = self.postgres.set_aside(why).await?;
                 info!(why, place = %place.display(), "data directory set aside");
             }
@@ -131,6 +137,16 @@ impl World {
             }
         }
         Ok(Vec::new())
+    }
+
+    /// The guardian kills at F of `term` from now on; only for a lease that is held.
+    pub async fn arm(&self, term: Term) -> Result<(), StepError> {
+        match self.keeper.view() {
+            LeaseView::Held { term: held, deadline } if held == term => {
+                Ok(self.fence.arm(term, deadline.minus(self.kill_budget)).await?)
+            }
+            other => Err(StepError::Other(format!("the lease of term {term} is not held: {other:?}"))),
+        }
     }
 
     pub async fn commit(&self, what: &str, transaction: &Transaction) -> Result<Vec<Effect>, StepError> {
@@ -168,6 +184,16 @@ impl World {
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// S5: the leader whose copy makes ours dispensable is still the one that the plan was made for. A stop may have taken
+    /// long since.
+    async fn still_led_as_planned(&self, planned: Option<&ClusterRecords>) -> Result<(), StepError> {
+        let now = self.dcs.read(STORE_DEADLINE).await?;
+        if planned.map(|records| records.leader.revision()) == Some(now.leader.revision()) {
+            return Ok(());
+        }
+        Err(StepError::Other("the leader changed meanwhile: the data stay where they are".to_owned()))
     }
 
     async fn finish_request(

@@ -13,8 +13,8 @@ use tracing::{info, warn};
 use super::execute::{Effect, KILL_DEADLINE, StepError, World};
 use crate::core::plan::{HandOver, PromoteOrder, Source, Step, SyncRule};
 use crate::core::records::{ClusterRecords, Key, SealRecord, Tags, Transaction, Write};
-use crate::core::timeline::{History, Term};
-use crate::core::view::{GuardState, Job, JobKind, LeaseView};
+use crate::core::timeline::{History, Term, TimelineId};
+use crate::core::view::{DataDirectory, GuardState, Job, JobKind};
 use crate::core::{Lsn, Moment};
 use crate::ports::{Fence, StartMode, StopSignal};
 
@@ -45,7 +45,6 @@ pub struct Ended {
 pub struct Context {
     pub records: Option<ClusterRecords>,
     pub tags: Tags,
-    pub kill_budget: Duration,
 }
 
 impl RunningJob {
@@ -149,7 +148,7 @@ async fn run(
 ) -> Result<String, StepError> {
     match step {
         Step::Seal { term, leader_revision } => seal(world, *term, *leader_revision, context).await,
-        Step::Promote { order } => promote(world, order, context).await,
+        Step::Promote { order } => promote(world, order).await,
         Step::Enforce { from, to } => enforce(world, from.as_ref(), to).await,
         Step::Bootstrap => {
             let system_identifier = world.postgres.bootstrap().await?;
@@ -166,7 +165,7 @@ async fn run(
             let history = reservations
                 .and_then(|r| History::from_reservations(*timeline, r))
                 .ok_or_else(|| StepError::Other(format!("the history of timeline {timeline} is not known")))?;
-            Ok(world.postgres.rewind(&source(from), &history, *timeline).await?)
+            rewind(world, from, &history, *timeline).await
         }
         Step::HandOver { order } => {
             let before = ended.effects.len();
@@ -190,6 +189,16 @@ async fn run(
     }
 }
 
+/// Rewound data need the leader's WAL to become consistent; data that a failed attempt did not touch do not.
+async fn rewind(world: &World, from: &Source, history: &History, timeline: TimelineId) -> Result<String, StepError> {
+    world.state().must_follow(true)?;
+    let rewound = world.postgres.rewind(&source(from), history, timeline).await;
+    if rewound.is_err() && matches!(world.postgres.data_directory().await, DataDirectory::Present { .. }) {
+        world.state().must_follow(false)?;
+    }
+    Ok(rewound?)
+}
+
 fn source(from: &Source) -> crate::ports::Source {
     crate::ports::Source { member: from.member.clone(), host: from.host.clone(), port: from.port }
 }
@@ -209,12 +218,8 @@ async fn seal(world: &World, term: Term, leader_revision: i64, context: &Context
 }
 
 /// The guardian is armed before PostgreSQL may write, and PostgreSQL is killed if it is not what was reserved.
-async fn promote(world: &World, order: &PromoteOrder, context: &Context) -> Result<String, StepError> {
-    let deadline = match world.keeper.view() {
-        LeaseView::Held { term, deadline } if term == order.term => deadline,
-        other => return Err(StepError::Other(format!("the lease of term {} is not held: {other:?}", order.term))),
-    };
-    world.fence.arm(order.term, deadline.minus(context.kill_budget)).await?;
+async fn promote(world: &World, order: &PromoteOrder) -> Result<String, StepError> {
+    world.arm(order.term).await?;
     let promoted = match world.postgres.promote(order, PROMOTE_DEADLINE).await {
         Ok(promoted) => promoted,
         Err(error) => {

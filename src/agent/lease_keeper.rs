@@ -53,6 +53,7 @@ impl LeaseKeeper {
     pub fn start(dcs: Arc<dyn Dcs>, clock: Arc<dyn Clock>, timings: Timings) -> std::io::Result<LeaseKeeper> {
         let (keeper, task) = LeaseKeeper::new(dcs, clock, timings);
         std::thread::Builder::new().name("lease-keeper".to_owned()).spawn(move || {
+            super::priority::raise();
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             match runtime {
                 Ok(runtime) => runtime.block_on(task.run()),

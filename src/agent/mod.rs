@@ -4,6 +4,7 @@
 pub mod execute;
 pub mod jobs;
 pub mod lease_keeper;
+pub mod priority;
 pub mod run;
 pub mod state_file;
 pub mod status;

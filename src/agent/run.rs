@@ -17,7 +17,7 @@ use super::status::{Counters, Decision, Status};
 use crate::core::decide::decide;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::{Key, LeaderState, Operation, Request, Transaction, Write};
-use crate::core::view::{GuardState, LeaseView, Local, LocalPostgres, Me, Memory, Policy, Store, View};
+use crate::core::view::{GuardState, JobKind, LeaseView, Local, LocalPostgres, Me, Memory, Policy, Store, View};
 use crate::core::{Moment, lint};
 use crate::ports::DcsError;
 
@@ -180,7 +180,11 @@ impl Agent {
         self.world.keeper.flushed(postgres.primary().map(|p| p.flushed));
         let postgres_is_standby = postgres.standby().is_some();
         let local = Local { observed_at: now, data, postgres, guard };
-        if postgres_is_standby && let Err(error) = self.world.state().is_consistent() {
+        // Not while a job may be about to stop it: a rewind has set the mark and not begun yet.
+        if postgres_is_standby
+            && self.job.is_none()
+            && let Err(error) = self.world.state().is_consistent()
+        {
             warn!(%error, "remember that the data are consistent");
         }
         {
@@ -222,13 +226,13 @@ impl Agent {
         let now = self.world.clock.now();
         let took_ms = now.since(job.since()).as_millis() as u64;
         match &ended.result {
-            Ok(message) => info!(job = ?job.what(), took_ms, message, "job done"),
+            Ok(message) => info!(job = %job.what(), took_ms, message, "job done"),
             Err(error) => {
                 self.counters.step_failures += 1;
-                warn!(job = ?job.what(), took_ms, error, "job failed");
+                warn!(job = %job.what(), took_ms, error, "job failed");
             }
         }
-        if ended.result.is_ok() && matches!(job.what(), crate::core::view::JobKind::Promote { .. }) {
+        if ended.result.is_ok() && matches!(job.what(), JobKind::Promote { .. }) {
             self.counters.promotions += 1;
         }
         self.memory = std::mem::take(&mut self.memory).job_ended(job.what(), &ended.result, now);
@@ -326,11 +330,7 @@ impl Agent {
     }
 
     fn start_job(&mut self, steps: Vec<Step>, view: &View) {
-        let context = Context {
-            records: view.store.records().cloned(),
-            tags: view.me.tags.clone(),
-            kill_budget: self.policy.timings.kill_budget,
-        };
+        let context = Context { records: view.store.records().cloned(), tags: view.me.tags.clone() };
         let now = self.world.clock.now();
         self.job = RunningJob::start(self.world.clone(), steps, context, now, self.job_ended.clone());
     }
@@ -343,7 +343,7 @@ impl Agent {
                 Effect::Kept { leader_revision } => self.memory.kept_revision = Some(leader_revision),
                 Effect::Dropped => self.memory.kept_revision = None,
                 Effect::Published { at, record } => self.memory.published = Some((at, *record)),
-                Effect::SyncWritten => self.memory.doubtful_sync = false,
+                Effect::SyncWritten => (self.memory.doubtful_sync, self.memory.sync_settled) = (false, true),
                 Effect::SyncDoubtful => self.memory.doubtful_sync = true,
                 Effect::Started { follow } => self.memory.started = follow,
                 Effect::CrashesForgotten => self.memory.crashes.clear(),
@@ -394,7 +394,8 @@ impl Agent {
             return if known.value.what == asked.what { Ok(Taken::Known) } else { Err(NotTaken::IdInUse) };
         }
         // Asked for while nobody leads: any later leader has fulfilled it.
-        let began = records.leader().filter(|l| l.state != LeaderState::Held).map(|l| l.term);
+        let by_a_change = matches!(asked.what, Operation::Switchover { .. } | Operation::Failover { .. });
+        let began = records.leader().filter(|l| by_a_change && l.state != LeaderState::Held).map(|l| l.term);
         let request = Request {
             id: asked.id.clone(),
             what: asked.what.clone(),

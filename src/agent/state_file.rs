@@ -152,17 +152,25 @@ impl StateFile {
         self.change(|c| c.system_identifier = Some(system_identifier.to_string()))
     }
 
-    /// The data directory is about to begin another life: copied or rewound, and of no use without its leader's WAL.
-    pub fn begin_incarnation(&mut self) -> Result<(), StateError> {
+    /// The data directory begins another life. `copied` or rewound data are of no use without their leader's WAL.
+    pub fn begin_incarnation(&mut self, copied: bool) -> Result<(), StateError> {
         self.change(|c| {
             c.incarnation = new_incarnation();
-            c.durable.must_follow = true;
+            c.durable.must_follow |= copied;
         })
+    }
+
+    /// Whether the data need a leader's WAL before they are consistent.
+    pub fn must_follow(&mut self, must: bool) -> Result<(), StateError> {
+        if self.contents.durable.must_follow == must {
+            return Ok(());
+        }
+        self.change(|c| c.durable.must_follow = must)
     }
 
     /// PostgreSQL accepts connections as a standby: what was copied or rewound is consistent.
     pub fn is_consistent(&mut self) -> Result<(), StateError> {
-        if self.contents.durable.must_follow { self.change(|c| c.durable.must_follow = false) } else { Ok(()) }
+        self.must_follow(false)
     }
 
     fn change(&mut self, change: impl FnOnce(&mut Contents)) -> Result<(), StateError> {
@@ -275,7 +283,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut state = open(directory.path()).unwrap();
         let before = state.id();
-        state.begin_incarnation().unwrap();
+        state.begin_incarnation(true).unwrap();
         assert_ne!(state.id(), before);
         drop(state);
         let mut state = open(directory.path()).unwrap();

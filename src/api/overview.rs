@@ -18,7 +18,7 @@ use crate::core::health::{leader_position, seconds, sitting_leader};
 use crate::core::names::MemberName;
 use crate::core::plan::parse_walreceiver_name;
 use crate::core::records::{ClusterRecords, Durability, LeaderState, SyncClaim};
-use crate::core::view::{GuardState, Job, JobKind, LeaseView, LocalPostgres, Receiver, Store, View};
+use crate::core::view::{GuardState, Job, LeaseView, LocalPostgres, Receiver, Store, View};
 use crate::core::{Lsn, Moment, Term, TimelineId};
 
 /// Grows when a field changes its meaning or goes away; new fields do not count.
@@ -331,26 +331,11 @@ fn guardian(view: &View) -> String {
 
 fn job_now(job: &Job, now: Moment) -> JobNow {
     JobNow {
-        what: job_name(&job.what),
+        what: job.what.to_string(),
         running_ms: millis(now.since(job.since)),
         done_bytes: job.done_bytes,
         total_bytes: job.total_bytes,
         result: job.result.clone(),
-    }
-}
-
-fn job_name(what: &JobKind) -> String {
-    match what {
-        JobKind::Bootstrap => "initdb".to_owned(),
-        JobKind::Clone { from } => format!("clone from {from}"),
-        JobKind::Rewind { from } => format!("rewind against {from}"),
-        JobKind::HandOver { to: Some(to) } => format!("hand over to {to}"),
-        JobKind::HandOver { to: None } => "hand over".to_owned(),
-        JobKind::Restart => "restart".to_owned(),
-        JobKind::Stop => "stop".to_owned(),
-        JobKind::Seal { term } => format!("seal for term {term}"),
-        JobKind::Promote { term } => format!("promote under term {term}"),
-        JobKind::Enforce { to } => format!("enforce {to}"),
     }
 }
 

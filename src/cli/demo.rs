@@ -2,10 +2,12 @@
 //! that runs in another terminal.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use comfy_table::{Table, presets};
 
 use super::{Exit, Failure, say};
+use crate::demo::figures::{Figure, measure};
 use crate::demo::scenarios::{Outcome, Report, Scenario, Stage};
 use crate::demo::{Cluster, DemoError, Options, control, live};
 
@@ -29,6 +31,19 @@ pub struct Arguments {
     /// Directory for files (default: the system's for temporary files)
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
+    /// For scripts/bench: measures on clusters of its own, prints JSON
+    #[arg(long, hide = true, conflicts_with_all = ["once", "order"], value_parser = ["memory", "guardian", "freeze"])]
+    figures: Option<String>,
+    #[arg(long, hide = true, default_value_t = 10, requires = "figures", value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// At rest, for `memory`
+    #[arg(long, hide = true, default_value_t = 30, requires = "figures", value_parser = clap::value_parser!(u32).range(1..))]
+    seconds: u32,
+    #[arg(long, hide = true, requires = "figures")]
+    no_real_time: bool,
+    /// Block device with an empty file system, for `freeze`
+    #[arg(long, hide = true, value_name = "DEVICE", requires = "figures", required_if_eq("figures", "freeze"))]
+    disk: Option<PathBuf>,
     /// Order for a demo that runs in another terminal: `kill primary`, `switchover`, `help`, …
     #[arg(value_name = "ORDER")]
     order: Vec<String>,
@@ -52,6 +67,9 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Failure> {
         keep: arguments.keep,
         ..Options::default()
     };
+    if let Some(kind) = &arguments.figures {
+        return runtime.block_on(figures(kind, arguments, options));
+    }
     if arguments.once {
         return runtime.block_on(once(arguments, options));
     }
@@ -77,6 +95,23 @@ async fn once(arguments: &Arguments, options: Options) -> Result<Exit, Failure> 
             let report = report?;
             write(arguments, &report)?;
             Ok(if report.ok() { Exit::Ok } else { Exit::Failed })
+        }
+        () = interrupted => Err(Failure::failed("interrupted", "")),
+    }
+}
+
+async fn figures(kind: &str, arguments: &Arguments, options: Options) -> Result<Exit, Failure> {
+    let figure = match (kind, &arguments.disk) {
+        ("freeze", Some(disk)) => Figure::Freeze { runs: arguments.runs, disk: disk.clone() },
+        ("guardian", _) => Figure::Guardian { runs: arguments.runs, real_time: !arguments.no_real_time },
+        _ => Figure::Memory { over: Duration::from_secs(u64::from(arguments.seconds)) },
+    };
+    let interrupted = live::interrupted().map_err(|error| Failure::failed(format!("wait for signals: {error}"), ""))?;
+    tokio::select! {
+        // Dropped in the middle, it ends its cluster.
+        measured = measure(figure, options) => {
+            say(format_args!("{}\n", measured?));
+            Ok(Exit::Ok)
         }
         () = interrupted => Err(Failure::failed("interrupted", "")),
     }

@@ -13,6 +13,8 @@ type Rule = fn(&View) -> Option<Plan>;
 /// The order is a safety property: who must stop comes before who may wait, who may wait before who may act.
 /// `tests/it/golden/rules.txt` pins it.
 pub const RULES: &[(&str, Rule)] = &[
+    // L1: whoever holds the term without being able to use its data says so before anything else keeps it waiting.
+    ("unfit", leader::unfit),
     // S7: nothing is touched that is not ours.
     ("identity", identity::belongs),
     // S1, S4: a primary whose term is over dies, even in the middle of a job.
@@ -26,13 +28,15 @@ pub const RULES: &[(&str, Rule)] = &[
     // S12: not knowing.
     ("store", unknown::store),
     ("name", identity::unique),
+    ("restored", identity::restored),
     ("older", unknown::older),
+    // S10: the record is ours, so its lease is kept, whatever PostgreSQL says or does not say.
+    ("lease", reattach::rule),
     ("local", unknown::local),
     // A cluster or a member that does not exist yet.
     ("create", bootstrap::create),
     ("join", bootstrap::join),
-    // The record is ours: keep it, then do what it says.
-    ("lease", reattach::rule),
+    // The record is ours: do what it says.
     ("electing", electing::rule),
     ("leader", leader::rule),
     // The record is somebody else's: give our word, take it over, or follow.
@@ -47,7 +51,9 @@ pub fn decide(view: &View) -> Plan {
     let decided = RULES.iter().find_map(|(_, rule)| rule(view));
     let mut plan =
         decided.unwrap_or_else(|| Plan::new("idle", "nothing is to be done: no rule of the list has anything to say"));
-    if let Some(remember) = remember(view) {
+    // L1: what ends something must not wait for a state disk that may be full.
+    let gives_up = plan.steps.iter().any(|step| matches!(step, Step::Kill | Step::DropLease));
+    if !gives_up && let Some(remember) = remember(view) {
         plan.steps.insert(0, remember);
     }
     if !plan.rule.starts_with("identity.")

@@ -10,6 +10,8 @@ use super::names::{MemberId, MemberName};
 use super::records::{ClusterRecords, Durability, Keyed, LeaderRecord, Position, SealRecord, SyncClaim, Winner};
 use super::timeline::{History, TimelineId};
 
+const NOT_TO_LEAD: &str = "tag nofailover (or failover_priority 0)";
+
 /// What the seals of one term amount to.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
@@ -37,12 +39,16 @@ pub struct Elected {
     pub outstanding: BTreeSet<MemberName>,
 }
 
-/// Where a position stands on the line of the last published timeline: first the LSN on that line (where it leaves it,
-/// if it leaves it), then what lies beyond on reserved timelines by term and LSN.
+/// Where a position stands, compared in the order of the fields: first what lies on a timeline that was promoted after the
+/// last published one, by term and LSN; then the LSN on the published line.
+///
+/// A later timeline outranks a longer old one: its winner had every commit that was acknowledged on the published line
+/// (it had q seals), and clients that reach PostgreSQL directly may have been acknowledged on it between its barrier and its
+/// publication. What the old primary has beyond that switch was acknowledged to nobody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Standing {
-    on_line: Lsn,
     beyond: Option<(u64, Lsn)>,
+    on_line: Lsn,
 }
 
 /// Why a position cannot be compared or must not lead.
@@ -76,10 +82,10 @@ pub fn place(position: &Position, published: Option<TimelineId>, records: &Clust
     };
     let at = position.timeline;
     if at == line {
-        return Place::OnLine(Standing { on_line: position.replayed, beyond: None });
+        return Place::OnLine(Standing { beyond: None, on_line: position.replayed });
     }
     if let Some(left) = ancestors.switch_from(at) {
-        let standing = Standing { on_line: position.replayed.min(left), beyond: None };
+        let standing = Standing { beyond: None, on_line: position.replayed.min(left) };
         return if position.replayed <= left {
             Place::OnLine(standing)
         } else {
@@ -100,7 +106,7 @@ pub fn place(position: &Position, published: Option<TimelineId>, records: &Clust
         Some(entry.switch.min(line_left))
     });
     match common {
-        Some(left_at) => Place::Diverged { standing: Standing { on_line: left_at, beyond: None }, left_at },
+        Some(left_at) => Place::Diverged { standing: Standing { beyond: None, on_line: left_at }, left_at },
         None => Place::Unknown { why: format!("timeline {at} has no ancestor in common with timeline {line}") },
     }
 }
@@ -134,7 +140,11 @@ fn judge_sync(
     // S2: a seal counts with the incarnation that the claim names, and with no other.
     let sealed: BTreeSet<&MemberId> = electorate
         .iter()
-        .filter(|id| seals.get(&id.name).is_some_and(|seal| seal.value.incarnation == id.incarnation))
+        .filter(|id| {
+            seals.get(&id.name).is_some_and(|seal| {
+                seal.value.incarnation == id.incarnation && !went_back(records, &id.name, &seal.value)
+            })
+        })
         .collect();
     let missing: BTreeSet<MemberName> =
         electorate.iter().filter(|id| !sealed.contains(id)).map(|id| id.name.clone()).collect();
@@ -163,6 +173,15 @@ fn judge_sync(
     choose(records, leader, seals, candidates, preferred, outstanding, BTreeMap::new())
 }
 
+/// A final position behind the one that the same incarnation published itself: its disk is one of the past (a snapshot
+/// was brought back). What it promised then proves nothing for what it acknowledged since.
+fn went_back(records: &ClusterRecords, name: &MemberName, seal: &SealRecord) -> bool {
+    records
+        .members
+        .get(name)
+        .is_some_and(|m| m.value.incarnation == seal.incarnation && m.value.replayed > Some(seal.position.replayed))
+}
+
 fn judge_async(
     records: &ClusterRecords,
     leader: &LeaderRecord,
@@ -178,7 +197,7 @@ fn judge_async(
     let mut rejected = BTreeMap::new();
     let mut candidates = BTreeSet::new();
     // The last position that the leader published with its heartbeat bounds the loss (S2, async).
-    let published = records.lease.value().and_then(|lease| lease.lsn);
+    let published = leader.lsn;
     for (name, seal) in seals {
         if !members.contains(*name) {
             rejected.insert((*name).clone(), "not in the membership that a leader wrote".to_owned());
@@ -187,6 +206,10 @@ fn judge_async(
         let behind = published.map(|lsn| seal.value.position.replayed.bytes_to(lsn)).unwrap_or(0);
         if behind > max_lag {
             rejected.insert((*name).clone(), format!("{behind} bytes behind, election.max_lag is {max_lag}"));
+            continue;
+        }
+        if !seal.value.tags.may_lead() {
+            rejected.insert((*name).clone(), NOT_TO_LEAD.to_owned());
             continue;
         }
         candidates.insert(MemberId { name: (*name).clone(), incarnation: seal.value.incarnation });
@@ -240,7 +263,7 @@ fn choose(
                 );
             }
             Place::OnLine(_) if !seal.tags.may_lead() => {
-                rejected.insert(id.name.clone(), "tag nofailover (or failover_priority 0)".to_owned());
+                rejected.insert(id.name.clone(), NOT_TO_LEAD.to_owned());
             }
             Place::OnLine(_) => eligible.push((*id, seal)),
         }

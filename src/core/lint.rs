@@ -80,6 +80,10 @@ pub fn violations(view: &View, plan: &Plan) -> Vec<String> {
                         {
                             found.push(format!("S8: `{what}` publishes term {} without its lease", record.term));
                         }
+                        let takes = record.holder == view.me.id && mine.is_none();
+                        if takes && !guarded(&Key::Lease) && plan.rule != "leader.mend" {
+                            found.push(format!("S1: `{what}` takes the record over without comparing the lease"));
+                        }
                         let seen = facts.as_ref().and_then(|f| f.leader).map(|l| l.value.term).unwrap_or_default();
                         if record.term < seen {
                             found.push(format!("S1: `{what}` takes the term back from {seen} to {}", record.term));
@@ -98,7 +102,8 @@ pub fn violations(view: &View, plan: &Plan) -> Vec<String> {
                 }
             }
             Step::Join { .. }
-            | Step::NewIncarnation
+            | Step::NewIncarnation { .. }
+            | Step::Arm { .. }
             | Step::ForgetCrashes
             | Step::KeepLease { .. }
             | Step::DropLease

@@ -30,6 +30,7 @@ impl Memory {
         if let Store::Known { observed_at, records } = store {
             self.observe_records(records, me, policy, *observed_at);
             self.observe_replicas(records, &local.postgres, now);
+            self.observe_promotion(records, me, &local.postgres, now);
         }
         let streaming = local.postgres.standby().is_some_and(|s| s.receiver == Receiver::Streaming);
         let follows = local.postgres.standby().is_some_and(|s| s.follows.is_some());
@@ -67,8 +68,11 @@ impl Memory {
         if let Some(leader) = leader {
             if leader.value.term != self.term {
                 self.begin_term(leader.value.term);
+                self.term_since = Some(observed_at);
             }
-            if leader.value.holder != me.id {
+            if leader.value.term < self.durable.highest_term {
+                // An old record came back; ours is kept, to be written again.
+            } else if leader.value.holder != me.id {
                 self.held = None;
             } else if leader.value.state == LeaderState::Held {
                 self.held = Some(leader.value.clone());
@@ -94,8 +98,13 @@ impl Memory {
             self.election = None;
             return;
         };
-        let LeaderState::Electing { preferred, winner: None, .. } = &leader.state else { return };
         let known = self.election.filter(|e| e.term == leader.term);
+        let LeaderState::Electing { preferred, winner, .. } = &leader.state else { return };
+        if winner.is_some() {
+            let since = known.map(|e| e.since).unwrap_or(now);
+            self.election = Some(ElectionMemory { term: leader.term, since, enough_since: Some(since) });
+            return;
+        }
         let enough = matches!(judge(records, leader, policy.max_lag, preferred.as_ref()), Verdict::Elected(_));
         let enough_since = known.and_then(|e| e.enough_since).or(enough.then_some(now));
         self.election =
@@ -107,6 +116,7 @@ impl Memory {
         self.term = term;
         self.enforced = None;
         self.doubtful_sync = false;
+        self.sync_settled = false;
         self.stalled.clear();
         self.streamed.clear();
         self.election = None;
@@ -121,15 +131,15 @@ impl Memory {
             self.stalled = BTreeMap::new();
             return;
         };
-        self.streamed = primary
-            .replicas
-            .iter()
-            .filter(|replica| replica.state == "streaming")
-            .filter_map(|replica| {
-                let (id, term) = parse_walreceiver_name(&replica.application_name)?;
-                (term == self.term).then(|| (id.name, (replica.flushed.unwrap_or_default(), now)))
-            })
-            .collect();
+        // Kept with the moment, not replaced: our own session can outlive the walsenders by an instant when the
+        // postmaster dies, and then sees nobody.
+        for replica in primary.replicas.iter().filter(|replica| replica.state == "streaming") {
+            if let Some((id, term)) = parse_walreceiver_name(&replica.application_name)
+                && term == self.term
+            {
+                self.streamed.insert(id.name, (replica.flushed.unwrap_or_default(), now));
+            }
+        }
         for id in &claim.members {
             let streams = primary.replicas.iter().any(|replica| {
                 replica.state == "streaming"
@@ -142,6 +152,15 @@ impl Memory {
             }
         }
         self.stalled.retain(|name, _| claim.members.iter().any(|id| id.name == *name));
+    }
+
+    /// A promotion that an earlier life of this agent carried out: patience with followers begins when it is first seen.
+    fn observe_promotion(&mut self, records: &ClusterRecords, me: &Me, postgres: &LocalPostgres, now: Moment) {
+        let Some(leader) = records.leader() else { return };
+        let mine = matches!(&leader.state, LeaderState::Electing { winner: Some(w), .. } if w.member == me.id);
+        if mine && postgres.primary().is_some() {
+            self.promoted.get_or_insert((leader.term, now));
+        }
     }
 
     /// The oldest open request that concerns this member, and since when it is known here.

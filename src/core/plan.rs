@@ -65,7 +65,10 @@ pub enum Step {
         system_identifier: u64,
     },
     /// A new incarnation begins (before a clone or rewind).
-    NewIncarnation,
+    /// Another life of the data directory begins; `copied`: its data come from another member and need its WAL.
+    NewIncarnation {
+        copied: bool,
+    },
     /// A person asked for another try after a crash loop.
     ForgetCrashes,
 
@@ -76,6 +79,10 @@ pub enum Step {
         leader_revision: i64,
     },
     DropLease,
+    /// The guardian counts the deadlines of this term from now on.
+    Arm {
+        term: Term,
+    },
     /// Kill the whole control group, whatever it does.
     Kill,
     Disarm,

@@ -25,6 +25,10 @@ pub fn step(view: &View, plan: &Plan) -> Option<Step> {
         return None;
     }
     let stored = facts.records.members.get(&facts.me().name);
+    // What this incarnation once had it has for good: a disk of the past is told from the present by it (election.rs).
+    if let Some(stored) = stored.filter(|stored| stored.value.incarnation == record.incarnation) {
+        record.replayed = record.replayed.max(stored.value.replayed);
+    }
     let known = view.memory.published.as_ref().map(|(_, r)| r.beat).unwrap_or(0);
     record.beat = stored.map(|r| r.value.beat).unwrap_or(0).max(known) + 1;
     let revision = stored.map(|r| r.revision).unwrap_or(0);
@@ -145,10 +149,6 @@ fn job_word(what: &JobKind) -> Option<&'static str> {
 
 fn job(view: &View) -> Option<JobProgress> {
     let job = view.job.as_ref().filter(|j| j.result.is_none())?;
-    let what = match &job.what {
-        JobKind::Clone { from } => format!("clone from {from}"),
-        JobKind::Rewind { from } => format!("rewind against {from}"),
-        other => job_word(other)?.to_owned(),
-    };
-    Some(JobProgress { what, done_bytes: job.done_bytes, total_bytes: job.total_bytes })
+    job_word(&job.what)?;
+    Some(JobProgress { what: job.what.to_string(), done_bytes: job.done_bytes, total_bytes: job.total_bytes })
 }

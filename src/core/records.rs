@@ -24,6 +24,9 @@ pub struct LeaderRecord {
     pub state: LeaderState,
     /// T_h of the holder in milliseconds. A candidate waits for its own W or for this one's, whichever is longer.
     pub ttl_ms: u64,
+    /// While electing: the last position that the leader before had published with its heartbeat.
+    #[serde(default)]
+    pub lsn: Option<Lsn>,
     /// The last leader that published `held`; kept through `electing` until the next one publishes.
     pub last: Option<Published>,
 }

@@ -101,6 +101,7 @@ impl Cluster {
             term,
             state: LeaderState::Held,
             ttl_ms: 8_000,
+            lsn: None,
             last: Some(last),
         };
         self.records.leader = Entry::Present(Keyed { revision: 50, value: leader });

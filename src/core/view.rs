@@ -2,6 +2,7 @@
 //! A view is complete and serialisable: `/v1/decisions` keeps them, `pgvigil explain --replay` decides them again.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -299,6 +300,8 @@ pub struct Memory {
     pub durable: Durable,
     /// The term that the per-term parts below belong to.
     pub term: Term,
+    /// When that term was first seen here.
+    pub term_since: Option<Moment>,
     pub silence: Option<Silence>,
     pub releases: Option<SeenRelease>,
     /// Since when each member of the published set has not streamed, as this leader saw it.
@@ -311,6 +314,9 @@ pub struct Memory {
     pub enforced: Option<SyncRule>,
     /// A write of `sync` whose outcome is unknown: enough for both claims is enforced until a later write succeeds.
     pub doubtful_sync: bool,
+    /// A write of `sync` of ours has succeeded under this term since the agent started. Until then one of an earlier life
+    /// may still land, so nothing is enforced by the claim as read.
+    pub sync_settled: bool,
     /// Revision of the leader record that the lease keeper renews against.
     pub kept_revision: Option<i64>,
     /// A promotion of this term was tried and failed.
@@ -425,4 +431,23 @@ pub enum JobKind {
     Enforce {
         to: SyncRule,
     },
+}
+
+impl fmt::Display for JobKind {
+    /// For people: what is under way.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            JobKind::Bootstrap => f.write_str("initdb"),
+            JobKind::Clone { from } => write!(f, "clone from {from}"),
+            JobKind::Rewind { from } => write!(f, "rewind against {from}"),
+            JobKind::HandOver { to: Some(to) } => write!(f, "hand over to {to}"),
+            JobKind::HandOver { to: None } => f.write_str("hand over"),
+            JobKind::Restart => f.write_str("restart"),
+            JobKind::Stop => f.write_str("stop"),
+            JobKind::Seal { term } => write!(f, "seal for term {term}"),
+            JobKind::Promote { term } => write!(f, "promote under term {term}"),
+            JobKind::Enforce { to: SyncRule::Cleared } => f.write_str("let commits wait for nobody"),
+            JobKind::Enforce { to } => write!(f, "enforce {to}"),
+        }
+    }
 }

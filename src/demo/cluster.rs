@@ -14,6 +14,7 @@ use super::sql::{self, Login, Session};
 use super::writer::{Address, Ids, Writer};
 use super::{ports, processes};
 use crate::client::Client;
+use crate::fencing::control_group_name;
 
 /// Between two looks at the agents' answers while a state is waited for: they tell no strangers of changes.
 const LOOK: Duration = Duration::from_millis(50);
@@ -24,7 +25,7 @@ const KILL: Duration = Duration::from_secs(10);
 
 /// Of the directories of all clusters; `control` looks for them.
 pub(super) const BASE_PREFIX: &str = "pgvigil-demo-";
-/// Holds the id of the process that the cluster belongs to, as long as nobody wants to keep its files.
+/// Holds the number of the process that the cluster belongs to, and which set of numbers that is, as long as nobody wants to keep its files.
 const OWNER: &str = "owner.pid";
 
 #[derive(Clone, Debug)]
@@ -107,6 +108,15 @@ impl Look {
 impl Cluster {
     /// Starts all processes; `ready` waits for what becomes of them.
     pub async fn start(options: Options) -> Result<Cluster, DemoError> {
+        let mut cluster = Cluster::prepare(options)?;
+        for index in 0..cluster.members.len() {
+            cluster.start_agent(index)?;
+        }
+        Ok(cluster)
+    }
+
+    /// etcd runs and every member has its files; no agent runs yet, so the files may still be changed.
+    pub fn prepare(options: Options) -> Result<Cluster, DemoError> {
         let started = Instant::now();
         let binary = match options.binary {
             Some(binary) => binary,
@@ -115,6 +125,10 @@ impl Cluster {
         let owner = Owner::find()?;
         sweep(options.parent.as_deref());
         let (name, base) = base_directory(options.parent.as_deref())?;
+        if let Err(error) = owner.can_reach(&base) {
+            let _ = std::fs::remove_dir_all(&base);
+            return Err(error);
+        }
         let etcd = match Etcd::start(&base, options.etcd) {
             Ok(etcd) => etcd,
             Err(error) => {
@@ -129,7 +143,7 @@ impl Cluster {
             .filter_map(|name| Some(Member::new(&base, &name, free.next()?, free.next()?)))
             .collect();
         // From here on the cluster's drop cleans up, whatever fails.
-        let mut cluster = Cluster {
+        let cluster = Cluster {
             name,
             base,
             members,
@@ -152,7 +166,6 @@ impl Cluster {
         };
         for index in 0..cluster.members.len() {
             cluster.members[index].write_files(&owner, &common)?;
-            cluster.start_agent(index)?;
         }
         Ok(cluster)
     }
@@ -368,7 +381,8 @@ impl Cluster {
     fn remove(&mut self) -> Option<PathBuf> {
         self.ended = true;
         for member in &self.members {
-            processes::remove_control_group(&format!("pgvigil-{}-{}", self.name, member.name));
+            let socket = member.directory.join("state/guardian.sock");
+            processes::remove_control_group(&control_group_name(&self.name, &member.name, &socket));
         }
         if self.keep {
             let _ = std::fs::remove_file(self.base.join(OWNER));
@@ -394,11 +408,13 @@ impl Drop for Cluster {
     }
 }
 
-/// One primary, and every other member streams.
+/// One primary, and every other member streams from it. On its timeline: a member that parted from it connects too, for
+/// the moment until it notices.
 pub fn is_healthy(looks: &[Look]) -> bool {
-    let primaries = looks.iter().filter(|look| look.is_primary()).count();
-    let streaming = looks.iter().filter(|look| look.is_streaming()).count();
-    primaries == 1 && primaries + streaming == looks.len()
+    let mut primaries = looks.iter().filter(|look| look.is_primary());
+    let (Some(primary), None) = (primaries.next(), primaries.next()) else { return false };
+    let follows = |look: &&Look| look.is_streaming() && look.timeline() == primary.timeline();
+    looks.iter().filter(follows).count() + 1 == looks.len()
 }
 
 /// Ends what a demo left that could not end itself (SIGKILL): directories whose owner is gone. Kept ones have no owner.
@@ -408,12 +424,19 @@ fn sweep(parent: Option<&Path>) {
         let base = entry.path();
         let ours = entry.file_name().to_string_lossy().starts_with(BASE_PREFIX)
             && entry.metadata().is_ok_and(|m| m.is_dir() && m.uid() == nix::unistd::geteuid().as_raw());
-        let owner = || std::fs::read_to_string(base.join(OWNER)).ok()?.parse::<u32>().ok();
-        if ours && owner().is_some_and(|owner| !Path::new(&format!("/proc/{owner}")).exists()) {
+        let text = std::fs::read_to_string(base.join(OWNER)).unwrap_or_default();
+        // A process of another container is not to be seen here, and may well be alive.
+        let owner = text.split_once(' ').filter(|(_, numbers)| *numbers == process_numbers()).map(|(owner, _)| owner);
+        if ours && owner.is_some_and(|owner| !Path::new("/proc").join(owner).exists()) {
             end_all(&base);
             let _ = std::fs::remove_dir_all(&base);
         }
     }
+}
+
+/// Names the set of process numbers that ours belongs to.
+fn process_numbers() -> String {
+    std::fs::read_link("/proc/self/ns/pid").map(|link| link.display().to_string()).unwrap_or_default()
 }
 
 /// Kills everything under `base`, without awaiting: for drop, and before anything else runs.
@@ -436,7 +459,7 @@ fn base_directory(parent: Option<&Path>) -> Result<(String, PathBuf), DemoError>
     let made = std::fs::create_dir(&base).and_then(|()| {
         // PostgreSQL's user has to get through.
         std::fs::set_permissions(&base, std::fs::Permissions::from_mode(0o755))?;
-        std::fs::write(base.join(OWNER), std::process::id().to_string())?;
+        std::fs::write(base.join(OWNER), format!("{} {}", std::process::id(), process_numbers()))?;
         std::fs::canonicalize(&base)
     });
     let base = made.map_err(|error| DemoError::failed(format!("make {}", base.display()), error))?;

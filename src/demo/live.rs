@@ -12,6 +12,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use nix::sys::termios::{self, LocalFlags, SetArg, SpecialCharacterIndices, Termios};
+use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -20,7 +21,8 @@ use super::writer::Writer;
 use super::{Cluster, DemoError, Look, Options};
 
 const REPAINT: Duration = Duration::from_millis(500);
-const KEPT_EVENTS: usize = 12;
+/// A failover is about a dozen decisions over three members.
+const KEPT_EVENTS: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(90);
 /// An agent that ended is started again after this, as systemd would.
 const RESTART: Duration = Duration::from_secs(1);
@@ -162,6 +164,9 @@ struct Show {
     writer: Writer,
     ready: Duration,
     looks: Vec<Look>,
+    /// Number of the newest decision of each member that was shown.
+    heard: Vec<u64>,
+    looked: bool,
     events: VecDeque<(Instant, String)>,
     /// The last fault, to show the outage that followed it.
     fault: Option<(Instant, String)>,
@@ -178,6 +183,8 @@ impl Show {
             writer,
             ready,
             looks: Vec::new(),
+            heard: Vec::new(),
+            looked: false,
             events: VecDeque::new(),
             fault: None,
             stopped_agent: None,
@@ -198,18 +205,12 @@ impl Show {
     async fn look(&mut self, cluster: &mut Cluster) {
         let looks = cluster.look().await;
         for (index, look) in looks.iter().enumerate() {
-            let before = self.looks.get(index);
-            let changed =
-                before.is_none_or(|b| (b.text("role"), b.text("state")) != (look.text("role"), look.text("state")));
-            if before.is_some() && changed {
-                let name = &cluster.members[index].name;
-                let text = match look.primary {
-                    None => format!("{name}: agent does not answer"),
-                    Some(_) => format!("{name}: {} {}: {}", look.text("role"), look.text("state"), look.text("reason")),
-                };
-                self.event(text);
+            let silent_before = self.looks.get(index).is_some_and(|before| before.primary.is_none());
+            if look.primary.is_none() && !silent_before {
+                self.event(format!("{}: agent does not answer", cluster.members[index].name));
             }
         }
+        self.hear_decisions(cluster).await;
         let primary = looks.iter().position(Look::is_primary);
         if let Some(primary) = primary.filter(|p| Some(*p) != self.last_primary) {
             let name = &cluster.members[primary].name;
@@ -219,6 +220,31 @@ impl Show {
         }
         self.looks = looks;
         self.supervise(cluster);
+    }
+
+    /// What each agent decided since the last look, in its own words.
+    async fn hear_decisions(&mut self, cluster: &Cluster) {
+        self.heard.resize(cluster.members.len(), 0);
+        let client = cluster.client();
+        for (index, (_, answer)) in client.get_each("/v1/decisions?limit=20").await.into_iter().enumerate() {
+            let decisions = answer.ok().and_then(|body| body.as_array().cloned()).unwrap_or_default();
+            let number = |decision: &Value| decision.get("number").and_then(Value::as_u64).unwrap_or(0);
+            let newest = decisions.last().map_or(0, number);
+            // Numbers begin anew with each agent, and what came before the view began is not news.
+            if newest < self.heard[index] {
+                self.heard[index] = 0;
+            }
+            let (looked, heard) = (self.looked, self.heard[index]);
+            for decision in decisions.iter().filter(|d| looked && number(d) > heard) {
+                let text = |key: &str| decision.get(key).and_then(Value::as_str).unwrap_or_default();
+                // A job that runs is followed by what came of it.
+                if text("rule") != "job" {
+                    self.event(format!("{}: {}", cluster.members[index].name, text("reason")));
+                }
+            }
+            self.heard[index] = newest.max(self.heard[index]);
+        }
+        self.looked = true;
     }
 
     /// Are all acknowledged rows there? Asked after each change of the primary.
@@ -381,7 +407,7 @@ impl Show {
         }
         text.push('\n');
         for (at, event) in &self.events {
-            let line: String = event.chars().take(140).collect();
+            let line: String = event.chars().take(120).collect();
             let _ = writeln!(text, "  {:>4.0} s ago  {line}", at.elapsed().as_secs_f64());
         }
         text.push_str(

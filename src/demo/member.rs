@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
@@ -43,6 +43,20 @@ impl Owner {
                 remedy: "install PostgreSQL (Debian: `apt-get install postgresql`), or run as an ordinary user"
                     .to_owned(),
             }),
+        }
+    }
+
+    /// PostgreSQL's user has to get to its data through every directory above.
+    pub fn can_reach(&self, directory: &Path) -> Result<(), DemoError> {
+        let Some((uid, _)) = self.ids else { return Ok(()) };
+        let closed =
+            |path: &&Path| fs::metadata(path).is_ok_and(|m| m.permissions().mode() & 0o001 == 0 && m.uid() != uid);
+        match directory.ancestors().find(closed) {
+            None => Ok(()),
+            Some(path) => Err(DemoError::failed(
+                format!("use {}", directory.display()),
+                format!("`{}` may not enter {}; open it (chmod o+x) or name another --dir", self.name, path.display()),
+            )),
         }
     }
 

@@ -9,6 +9,7 @@ mod cluster;
 pub mod control;
 mod error;
 mod etcd;
+pub mod figures;
 pub mod live;
 mod member;
 mod ports;

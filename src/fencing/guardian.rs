@@ -69,13 +69,24 @@ impl GuardianOptions {
         GuardianOptions {
             socket: config.socket.clone(),
             real_time_priority: config.real_time_priority,
-            control_group: Some(format!("pgvigil-{cluster}-{member}")),
+            control_group: Some(control_group_name(cluster.as_str(), member.as_str(), &config.socket)),
             ttl,
             // The running program itself, also after its file was replaced by an upgrade.
             program: PathBuf::from("/proc/self/exe"),
             take_over: false,
         }
     }
+}
+
+/// Named after the socket too: a second agent that was given the same member's name by mistake must not find the first
+/// one's PostgreSQL in its group and kill it as left over (S7).
+pub fn control_group_name(cluster: &str, member: &str, socket: &Path) -> String {
+    // FNV-1a.
+    let mut hash: u32 = 0x811c_9dc5;
+    for byte in socket.as_os_str().as_encoded_bytes() {
+        hash = (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    }
+    format!("pgvigil-{cluster}-{member}-{hash:08x}")
 }
 
 pub struct GuardianFence {

@@ -5,4 +5,4 @@ pub mod clock;
 pub mod guardian;
 
 pub use clock::SystemClock;
-pub use guardian::{GuardianFence, GuardianOptions};
+pub use guardian::{GuardianFence, GuardianOptions, control_group_name};

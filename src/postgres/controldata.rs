@@ -20,7 +20,19 @@ pub struct ControlFile {
     pub min_recovery_timeline: TimelineId,
     pub wal_block_size: u32,
     pub wal_segment_size: u32,
+    /// Values of [`FLOORS`] under which the WAL was written: a hot standby with less refuses to start.
+    pub floors: [i32; FLOORS.len()],
 }
+
+/// Settings of which a standby needs at least as much as its primary had, in the control file's order.
+pub const FLOORS: [&str; 5] = [
+    "max_connections",
+    "max_worker_processes",
+    "max_wal_senders",
+    "max_prepared_transactions",
+    "max_locks_per_transaction",
+];
+const FLOORS_AT: usize = 180;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClusterState {
@@ -101,6 +113,7 @@ impl ControlFile {
             min_recovery_timeline: TimelineId(u32_at(144)),
             wal_block_size: u32_at(224),
             wal_segment_size: u32_at(228),
+            floors: std::array::from_fn(|n| u32_at(FLOORS_AT + 4 * n).cast_signed()),
         })
     }
 
@@ -157,6 +170,7 @@ mod tests {
             min_recovery_timeline: TimelineId(0),
             wal_block_size: 8192,
             wal_segment_size: 16 << 20,
+            floors: [0; 5],
         };
         for (checkpoint, end) in [
             (0x0300_0028, 0x0300_00A0),

@@ -120,7 +120,7 @@ async fn change(server: &LocalServer, rule: &SyncRule, deadline: Instant) -> Res
 struct Commit {
     backend: i32,
     answer: Pin<Box<dyn Future<Output = Result<(), SessionError>> + Send>>,
-    _end: EndOnDrop,
+    end: EndOnDrop,
 }
 
 struct EndOnDrop {
@@ -144,12 +144,12 @@ impl Commit {
         let backend = session.backend;
         let data_dir = server.layout.data_dir.clone();
         let answer = Box::pin(async move { session.query(BARRIER, deadline).await.map(|_| ()) });
-        Ok(Commit { backend, answer, _end: EndOnDrop { data_dir, backend, armed: true } })
+        Ok(Commit { backend, answer, end: EndOnDrop { data_dir, backend, armed: true } })
     }
 
     async fn returns(mut self, deadline: Instant) -> Result<(), SessionError> {
         let answer = tokio::time::timeout_at(deadline, &mut self.answer).await.map_err(|_| SessionError::Timeout)?;
-        self._end.armed = answer.is_err();
+        self.end.armed = answer.is_err();
         answer
     }
 }
@@ -161,7 +161,7 @@ async fn see_waiting(server: &LocalServer, control: &mut Session, deadline: Inst
         let waits = include_str!("../../sql/waits.sql").replace("<pid>", &commit.backend.to_string());
         loop {
             if let Some(answer) = (&mut commit.answer).now_or_never() {
-                commit._end.armed = answer.is_err();
+                commit.end.armed = answer.is_err();
                 answer?;
                 break;
             }

@@ -109,7 +109,7 @@ pub async fn put_in_force(
     deadline: Instant,
 ) -> Result<(Session, Shown), ChangeError> {
     start::strip_auto_conf(server)?;
-    server.owner.write(&server.layout.dynamic_file, &wanted.file(), false)?;
+    start::write_dynamic(server, wanted)?;
     signal_reload(server, deadline).await?;
     loop {
         let mut session = server.new_session(deadline).await?;

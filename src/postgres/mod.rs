@@ -75,14 +75,21 @@ pub struct LocalServer {
 impl LocalServer {
     /// Fails when the operating system user that PostgreSQL is to run as does not exist. Touches nothing.
     pub fn new(config: &Config) -> Result<LocalServer, PostgresError> {
-        Ok(LocalServer {
+        let server = LocalServer {
             config: config.clone(),
             layout: Layout::new(config),
             owner: Owner::find(&config.postgresql.os_user)?,
             observer: Mutex::new(None),
             timeline_teller: Mutex::new(None),
             program_version: OnceLock::new(),
-        })
+        };
+        // Where nothing is yet, everything begins with the programs: refused before a word goes to the store. Where
+        // PostgreSQL may be running they may be missing for a moment (a package is being upgraded), and nobody is to
+        // notice (S10).
+        if files::is_empty_directory(&server.layout.data_dir).unwrap_or(false) {
+            server.program("postgres")?;
+        }
+        Ok(server)
     }
 
     /// A program of PostgreSQL's, by the version of the data where there are any.

@@ -3,12 +3,14 @@
 use postgres_protocol::password::scram_sha_256;
 
 use crate::config::Secret;
+use crate::core::plan::SyncRule;
 use crate::ports::PostgresError;
 
 use super::LocalServer;
 use super::controldata::ControlFile;
 use super::files::{broken, remove};
 use super::programs::Run;
+use super::settings::Dynamic;
 use super::{data_directory, start};
 
 /// The agent's own role: statistics, promotion, slots; no superuser.
@@ -53,6 +55,11 @@ pub async fn bootstrap(server: &LocalServer) -> Result<u64, PostgresError> {
     remove(&password_file)?;
     made?;
 
+    // With our own configuration, so that the control file has its values from the beginning (max_connections below
+    // initdb's would be less than what a standby needs).
+    // Nobody is awaited here only: a commit in single-user mode has nobody who could answer. Each start names nobody.
+    start::write_dynamic(server, &Dynamic::alone(SyncRule::Cleared))?;
+    start::write_configuration(server).await?;
     let major = server.major().await?;
     single_user(server, "postgres", script(&server.config.postgresql.internal_password, major)).await?;
     // In every database that is there, and so in all that are made from them: a cancelled wait for standbys looks like
@@ -94,6 +101,8 @@ async fn single_user(server: &LocalServer, database: &str, sql: String) -> Resul
         "-j".into(),
         "-D".into(),
         server.layout.data_dir.display().to_string(),
+        "-c".into(),
+        format!("config_file={}", server.layout.main_file.display()),
         "-c".into(),
         "exit_on_error=on".into(),
         "-c".into(),

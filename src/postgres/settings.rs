@@ -14,6 +14,7 @@ use crate::core::plan::{Follow, SyncRule, parse_walreceiver_name};
 use crate::core::timeline::{Term, TimelineId};
 use crate::core::{names::MemberName, plan::Source};
 
+use super::controldata::{ControlFile, FLOORS};
 use super::layout::Layout;
 
 /// Set on the command line at each start.
@@ -182,6 +183,28 @@ pub fn command_line(config: &Config, layout: &Layout, major: u32, timeline: &str
         all.push(("promote_trigger_file", String::new()));
     }
     all
+}
+
+/// The settings of which a standby must not have less than its primary had, where the configuration says less: every
+/// start is one as a standby, so a lowered value would keep the whole cluster down. (name, configured, needed)
+pub fn raised(config: &Config, layout: &Layout, major: u32, control: &ControlFile) -> Vec<(&'static str, i32, i32)> {
+    let base = base(config, layout, major);
+    let configured = |name: &str| {
+        let operator = config.postgresql.parameters.get(name).map(String::as_str);
+        let ours = base.iter().find(|(known, _)| *known == name).map(|(_, value)| value.as_str());
+        // PostgreSQL's own defaults for what neither says.
+        let default = match name {
+            "max_worker_processes" => 8,
+            "max_locks_per_transaction" => 64,
+            _ => 0,
+        };
+        operator.or(ours).map_or(Some(default), |value| value.trim().parse::<i32>().ok())
+    };
+    let needed = FLOORS.iter().zip(control.floors);
+    needed
+        .filter_map(|(name, needed)| Some((*name, configured(name)?, needed)))
+        .filter(|(_, has, needed)| has < needed)
+        .collect()
 }
 
 /// What the dynamic file says. Written whole each time, so it needs no reading back.

@@ -1,5 +1,8 @@
 //! Everything that has to be true before PostgreSQL starts, and what the guardian is to start.
 
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
+
 use crate::core::plan::SyncRule;
 use crate::core::timeline::TimelineId;
 use crate::core::view::DataDirectory;
@@ -24,6 +27,7 @@ pub async fn prepare(server: &LocalServer, mode: &StartMode) -> Result<Launch, P
         DataDirectory::Foreign { why } | DataDirectory::Unknown { why } => return Err(broken(what, why)),
     }
     refuse_what_ends_recovery(server)?;
+    port_is_free(server)?;
     let control = server.control_file(what)?;
 
     let newest = timelines::newest_own(layout, &control)?;
@@ -42,12 +46,22 @@ pub async fn prepare(server: &LocalServer, mode: &StartMode) -> Result<Launch, P
         StartMode::Parked => Dynamic::alone(SyncRule::Nobody),
         StartMode::Follow(follow) => Dynamic::following(follow, layout),
     };
-    server.owner.write(&layout.dynamic_file, &dynamic.file(), false)?;
+    write_dynamic(server, &dynamic)?;
     write_configuration(server).await?;
     write_standby_signal(server)?;
     // PostgreSQL refuses a data directory that others can read; a copy by hand often is one.
     files::restrict(&layout.data_dir, 0o700)?;
-    launch(server, major, &timeline)
+    let mut launch = launch(server, major, &timeline)?;
+    for (name, configured, needed) in settings::raised(&server.config, layout, major, &control) {
+        tracing::warn!(
+            setting = name,
+            configured,
+            needed,
+            "started with more than configured: the WAL was written with it, and a standby may not have less"
+        );
+        launch.arguments.extend(["-c".to_owned(), format!("{name}={needed}")]);
+    }
+    Ok(launch)
 }
 
 /// Parked is "this directory's own line to its end, and no other": the newest own timeline, with history files of others
@@ -67,6 +81,31 @@ fn parked_target(
     }
     // PostgreSQL would stop looking at the gap. Named outright it is found; following on wants another start then.
     Ok(settings::timeline_target(newest))
+}
+
+/// PostgreSQL itself says so in a log that nobody reads, and ends; this says who has to do what. Only what is certain: an
+/// address that this program cannot judge is left to PostgreSQL.
+fn port_is_free(server: &LocalServer) -> Result<(), PostgresError> {
+    let port = server.config.me().port;
+    for address in server.config.postgresql.listen.split(',').map(str::trim) {
+        let address = match address {
+            "*" => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            other => match other.parse() {
+                Ok(address) => address,
+                Err(_) => continue,
+            },
+        };
+        if let Err(error) = TcpListener::bind((address, port))
+            && error.kind() == ErrorKind::AddrInUse
+        {
+            let why = format!(
+                "port {port} of {address} is in use by another program: stop it (`ss -ltnp` names it), or give this member \
+                 another port"
+            );
+            return Err(broken("start postgresql", why));
+        }
+    }
+    Ok(())
 }
 
 /// S8: nothing but a promotion may end recovery. Leftovers of a restore are a person's unfinished work: refused, kept.
@@ -101,6 +140,11 @@ pub fn strip_auto_conf(server: &LocalServer) -> Result<(), PostgresError> {
         server.owner.write(&path, &kept, true)?;
     }
     Ok(())
+}
+
+/// Not made durable: every start writes it anew.
+pub fn write_dynamic(server: &LocalServer, dynamic: &Dynamic) -> Result<(), PostgresError> {
+    server.owner.write(&server.layout.dynamic_file, &dynamic.file(), false)
 }
 
 /// postgresql.conf, pg_hba.conf, pg_ident.conf, passfile; not the dynamic file.

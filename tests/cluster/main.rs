@@ -5,3 +5,4 @@
 mod demo;
 mod harness;
 mod postgres_adapter;
+mod scenarios;

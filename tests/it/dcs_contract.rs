@@ -38,6 +38,7 @@ fn leader(term: u64) -> LeaderRecord {
         term: Term(term),
         state: LeaderState::Held,
         ttl_ms: 8000,
+        lsn: None,
         last: None,
     }
 }

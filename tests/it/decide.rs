@@ -3,10 +3,11 @@
 
 use pgvigil::core::records::{Durability, Entry, Keyed, LeaderState, Operation, Outcome, Request};
 use pgvigil::core::timeline::Term;
+use pgvigil::core::view::DataDirectory;
 
 use crate::toy::{Pg, Toy, name};
 
-fn running(durability: Durability) -> Toy {
+pub fn running(durability: Durability) -> Toy {
     let mut toy = Toy::new(&["a", "b", "c"], durability);
     toy.until("a leader with two standbys", 300, |t| t.leader().is_some() && t.streaming() == 2);
     if durability == Durability::Sync {
@@ -20,11 +21,11 @@ fn running(durability: Durability) -> Toy {
     toy
 }
 
-fn two_standbys(t: &Toy) -> bool {
+pub fn two_standbys(t: &Toy) -> bool {
     t.leader().is_some() && t.streaming() == 2
 }
 
-fn ask(toy: &mut Toy, what: Operation) {
+pub fn ask(toy: &mut Toy, what: Operation) {
     let request = Request {
         id: "r1".to_owned(),
         what,
@@ -249,6 +250,7 @@ fn a_stopped_leader_hands_over_and_ends() {
     toy.member(old.as_str()).stopping = true;
     toy.until("another leader", 30, |t| t.leader().is_some_and(|l| l != old));
     toy.until("the old one ended", 30, |t| t.members[&old].exited);
+    assert_ne!(toy.records.leader().unwrap().holder.name, old);
 }
 
 #[test]
@@ -351,4 +353,50 @@ fn a_released_term_is_never_held_again() {
         }
     }
     assert!(released.is_some());
+}
+
+/// Long enough for every deadline that was armed before to pass.
+fn a_lease_later(toy: &mut Toy, leader: &pgvigil::core::names::MemberName, what: &str) {
+    let starts = toy.members[leader].starts;
+    for _ in 0..200 {
+        toy.round();
+    }
+    assert_eq!(toy.leader().as_ref(), Some(leader), "{what}");
+    assert_eq!(toy.members[leader].starts, starts, "{what}: PostgreSQL was not touched");
+}
+
+#[test]
+fn a_destroyed_leader_record_is_written_again_and_nothing_else_happens() {
+    let mut toy = running(Durability::Sync);
+    let leader = toy.leader().unwrap();
+    let old = toy.records.leader.clone();
+    let writers = toy.writers.len();
+
+    toy.records.leader = Entry::Absent;
+    a_lease_later(&mut toy, &leader, "deleted");
+
+    toy.records.revision += 1;
+    toy.records.leader = Entry::Unreadable { revision: toy.records.revision, why: "garbage".to_owned() };
+    a_lease_later(&mut toy, &leader, "overwritten");
+
+    // An own record of a lower term: somebody restored a key from a backup.
+    let Entry::Present(mut old) = old else { panic!("{old:?}") };
+    toy.records.revision += 1;
+    old.revision = toy.records.revision;
+    let term = toy.records.leader().unwrap().term;
+    toy.records.leader = Entry::Present(old);
+    a_lease_later(&mut toy, &leader, "rolled back");
+    assert!(toy.records.leader().unwrap().term > term, "terms only grow");
+    assert_eq!(toy.writers.len(), writers, "nobody was promoted");
+}
+
+#[test]
+fn an_agent_that_refuses_its_directory_still_stops() {
+    let mut toy = Toy::new(&["a", "b", "c"], Durability::Sync);
+    let a = toy.member("a");
+    a.data = DataDirectory::Foreign { why: "somebody else's".to_owned() };
+    toy.round();
+    assert_eq!(toy.member("a").last.as_ref().unwrap().rule, "identity.refused");
+    toy.member("a").stopping = true;
+    toy.until("the end of a", 5, |t| t.members[&name("a")].exited);
 }

@@ -24,7 +24,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     // The API's client: speaks JSON, knows no other part.
     ("client", &["config"]),
     ("cli", &["app", "client", "config", "core", "demo", "api", "agent::status", "guardian", "telemetry"]),
-    ("demo", &["client", "config", "core"]),
+    // Of the guardian its words only: a deadline is asked for where its agent is stopped.
+    ("demo", &["client", "config", "core", "guardian::wire"]),
     ("app", ALL),
     ("main", ALL),
     ("lib", ALL),

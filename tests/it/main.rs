@@ -12,5 +12,6 @@ mod guardian_postgresql;
 mod guards;
 mod layers;
 mod random;
+mod review;
 mod support;
 mod toy;

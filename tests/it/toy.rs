@@ -84,6 +84,8 @@ pub struct Member {
     pub starts: u64,
     pub stopping: bool,
     pub exited: bool,
+    /// Nothing can be written to the state file any more.
+    pub state_disk_full: bool,
     pub last: Option<Plan>,
 }
 
@@ -165,6 +167,7 @@ impl Toy {
                     starts: 0,
                     stopping: false,
                     exited: false,
+                    state_disk_full: false,
                     last: None,
                 };
                 (n.clone(), member)
@@ -417,7 +420,11 @@ impl Toy {
         if self.records.leader.revision() == revision {
             self.seq += 1;
             self.records.revision += 1;
-            let lease = LeaseRecord { term, seq: self.seq, lsn: None };
+            let lsn = match &m.pg {
+                Pg::Primary { flushed, .. } => Some(Lsn(*flushed)),
+                Pg::Standby { .. } | Pg::Down => None,
+            };
+            let lease = LeaseRecord { term, seq: self.seq, lsn };
             self.records.lease = Entry::Present(Keyed { revision: self.records.revision, value: lease });
             if lost {
                 return;
@@ -578,6 +585,7 @@ impl Toy {
         }
         for write in &transaction.write {
             match write {
+                Write::Sync(_) => (m.memory.doubtful_sync, m.memory.sync_settled) = (false, true),
                 Write::Member(_, record) => m.memory.published = Some((now, (**record).clone())),
                 Write::Leader(record)
                     if record.holder == m.me.id
@@ -630,6 +638,9 @@ impl Toy {
         }
         let all = self.members.clone();
         let m = self.members.get_mut(n).unwrap();
+        if m.state_disk_full && matches!(step, Step::Remember { .. } | Step::Seal { .. }) {
+            return false;
+        }
         match step {
             Step::Remember { highest_term, highest_sync_term, store_id, store_revision } => {
                 m.memory.durable = Durable {
@@ -641,9 +652,9 @@ impl Toy {
                 };
             }
             Step::Join { system_identifier } => m.me.system_identifier = Some(*system_identifier),
-            Step::NewIncarnation => {
+            Step::NewIncarnation { copied } => {
                 m.me.id.incarnation = Incarnation(m.me.id.incarnation.0 + 100);
-                m.memory.durable.must_follow = true;
+                m.memory.durable.must_follow |= *copied;
             }
             Step::ForgetCrashes => m.memory.crashes.clear(),
             Step::KeepLease { term, leader_revision } => m.keep_lease(*term, *leader_revision),
@@ -655,6 +666,7 @@ impl Toy {
                 m.memory.enforced = None;
             }
             Step::Disarm => m.armed = None,
+            Step::Arm { term } => m.armed = Some(*term),
             Step::Start { follow } => {
                 assert!(
                     follow.is_some() || !m.memory.durable.must_follow,
@@ -751,6 +763,7 @@ impl Toy {
                 m.ended(JobKind::Rewind { from: from.member.clone() }, Ok(()), now);
                 m.disk = source.disk.clone();
                 m.pg = Pg::Down;
+                m.memory.durable.must_follow = true;
             }
             Step::RestartInPlace { .. } | Step::Stop { .. } => m.die_as("stopped", true),
             Step::Exit => m.exited = true,
@@ -760,7 +773,7 @@ impl Toy {
         true
     }
 
-    fn commit(&mut self, transaction: &Transaction) -> Option<i64> {
+    pub fn commit(&mut self, transaction: &Transaction) -> Option<i64> {
         let holds = transaction.compare.iter().all(|c| self.revision(&c.key) == c.revision);
         if !holds {
             return None;

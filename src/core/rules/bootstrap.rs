@@ -85,14 +85,20 @@ pub fn create(view: &View) -> Option<Plan> {
         term,
         state: LeaderState::Electing { coordinator: facts.me().name.clone(), preferred: None, winner: None },
         ttl_ms: view.policy.timings.ttl.as_millis() as u64,
+        lsn: None,
         last: None,
     };
     Some(
         Plan::new("bootstrap.claim", "no cluster is in the store and every configured member is empty: creating it")
-            .step(facts.commit(
-                "claim the creation of the cluster",
-                Transaction::when(Key::Leader, compare).and(Key::Init, 0).put(Write::Leader(record)),
-            )),
+            .step(
+                facts.commit(
+                    "claim the creation of the cluster",
+                    Transaction::when(Key::Leader, compare)
+                        .and(Key::Lease, facts.records.lease.revision())
+                        .and(Key::Init, 0)
+                        .put(Write::Leader(record)),
+                ),
+            ),
     )
 }
 
@@ -219,7 +225,7 @@ pub fn clone_plan(facts: &Facts<'_>, set_aside: Option<String>, because: &str) -
     if let Some(init) = facts.records.init.value() {
         plan = plan.step(Step::Join { system_identifier: init.system_identifier });
     }
-    plan.step(Step::NewIncarnation).step(Step::Clone { from })
+    plan.step(Step::NewIncarnation { copied: true }).step(Step::Clone { from })
 }
 
 /// A standby that streams and is not busy spares the leader; else the leader.

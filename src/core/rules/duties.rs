@@ -136,10 +136,10 @@ fn sync(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -
             ),
         );
     };
-    if view.memory.doubtful_sync {
+    if view.memory.doubtful_sync || !view.memory.sync_settled {
         // S9: a lost write may still land. Only a later write that compares the revision rules it out.
         return Some(
-            Plan::new("leader.sync_doubt", "a write of `sync` has an unknown outcome: settling it").step(
+            Plan::new("leader.sync_doubt", "a write of `sync` may still be on its way: settling the claim").step(
                 facts.commit(
                     "write the claim again",
                     Transaction::when(Key::Leader, mine.revision)

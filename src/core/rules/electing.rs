@@ -46,7 +46,11 @@ fn collect(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, preferred: Option<&Mem
         .is_some_and(|s| s.value.term == term && s.value.incarnation == facts.me().incarnation);
     let give_up = began.plus(view.policy.election_give_up);
     let recovering = recovering(facts);
-    if !own_seal {
+    // A member that cannot be sealed now (it recovers) need not hold up the others, if they are enough.
+    let cannot_seal = !matches!(view.local.postgres, LocalPostgres::Standby(_));
+    let others_suffice =
+        cannot_seal && matches!(judge(facts.records, &mine.value, view.policy.max_lag, preferred), Verdict::Elected(_));
+    if !own_seal && !others_suffice {
         let overdue = view.now.all_reached(give_up) && recovering.is_none();
         if overdue && !matches!(view.local.postgres, LocalPostgres::Starting { .. }) {
             return release(facts, mine, "this member could not be sealed in time".to_owned());
@@ -54,6 +58,9 @@ fn collect(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, preferred: Option<&Mem
         return seal(facts, term, mine.revision, &format!("electing for term {term}")).wake_at(give_up);
     }
     match judge(facts.records, &mine.value, view.policy.max_lag, preferred) {
+        Verdict::Impossible { why } if !view.now.all_reached(give_up) => {
+            Plan::new("election.impossible", why).wake_at(give_up)
+        }
         Verdict::Impossible { why } => release(facts, mine, why),
         Verdict::Waiting { why, .. } => {
             if let Some(who) = recovering {
@@ -148,6 +155,9 @@ fn release(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, why: String) -> Plan {
 fn win(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, winner: &Winner) -> Plan {
     let view = facts.view;
     let term = mine.value.term;
+    if view.stopping && view.local.postgres.primary().is_none() {
+        return release(facts, mine, "the winner was told to stop".to_owned());
+    }
     match &view.local.postgres {
         LocalPostgres::Standby(standby) => {
             // S3: the position that was reported and elected is still the one that is here.
@@ -186,7 +196,15 @@ fn win(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, winner: &Winner) -> Plan {
         LocalPostgres::Primary(primary) => open(facts, mine, winner, primary),
         LocalPostgres::Down => release(facts, mine, "PostgreSQL ended before it was promoted".to_owned()),
         LocalPostgres::Starting { why } | LocalPostgres::Unknown { why } => {
+            let since = view.memory.election.filter(|e| e.term == term).map(|e| e.since).unwrap_or(view.now);
+            let patience = since.plus(view.policy.election_give_up * 3);
+            if view.now.all_reached(patience) {
+                let mut plan = release(facts, mine, format!("elected, but PostgreSQL does not answer ({why})"));
+                plan.steps.insert(0, Step::Kill);
+                return plan;
+            }
             Plan::new("election.wait", format!("elected for term {term}; PostgreSQL does not answer yet ({why})"))
+                .wake_at(patience)
         }
     }
 }

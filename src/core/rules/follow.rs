@@ -35,6 +35,13 @@ pub fn rule(view: &View) -> Option<Plan> {
     }
     let failures = view.memory.crashes.len();
     Some(match &view.local.postgres {
+        LocalPostgres::Down if leader.value.state != LeaderState::Held && !view.memory.durable.must_follow => {
+            // Not in the way of a promotion that does without us.
+            let since = view.memory.term_since.unwrap_or(view.now);
+            Plan::new("follow.wait", format!("{upstream} is being promoted"))
+                .steps(facts.start_when_needed(since))
+                .wake_at(since.plus(view.policy.election_wait))
+        }
         LocalPostgres::Down => start(&facts, failures, &upstream, leader.value.term),
         LocalPostgres::Starting { why } => starting(&facts, why, &upstream, leader.value.term),
         LocalPostgres::Standby(standby) => follow(&facts, &leader.value, standby, upstream, timeline, switch),
@@ -100,6 +107,9 @@ fn start(facts: &Facts<'_>, failures: usize, upstream: &MemberName, term: Term) 
         }
     }
     if view.memory.durable.must_follow {
+        if failures > 1 {
+            return reclone(facts, format!("copied data do not start after {upstream} ({failures} attempts)"));
+        }
         return match facts.follow(upstream, term) {
             Some(follow) => Plan::new(
                 "follow.start_following",
@@ -230,7 +240,7 @@ fn diverged(facts: &Facts<'_>, record: &LeaderRecord, timeline: TimelineId, why:
     match view.memory.rejoin_failures {
         0 => match facts.source(&record.holder.name) {
             Some(from) => Plan::new("follow.rewind", format!("{why}: rewinding; the WAL that differs is kept"))
-                .step(Step::NewIncarnation)
+                .step(Step::NewIncarnation { copied: false })
                 .step(Step::Rewind { from, timeline }),
             None => Plan::new("follow.address", format!("the address of {} is not known yet", record.holder.name)),
         },
@@ -246,7 +256,19 @@ fn diverged(facts: &Facts<'_>, record: &LeaderRecord, timeline: TimelineId, why:
     }
 }
 
+/// S5: nothing is set aside for the sake of a leader that has not renewed lately.
+fn leader_speaks(facts: &Facts<'_>) -> bool {
+    let view = facts.view;
+    view.memory.silence.is_some_and(|s| view.now.since(s.first_seen) < view.policy.timings.heartbeat * 3)
+}
+
 fn reclone(facts: &Facts<'_>, because: String) -> Plan {
+    if !leader_speaks(facts) {
+        return Plan::new(
+            "follow.leader_silent",
+            format!("{because}; the leader is silent, so the data stay where they are"),
+        );
+    }
     if facts.view.memory.rejoin_failures >= REJOIN_ATTEMPTS {
         return Plan::new(
             "follow.ask",
@@ -269,6 +291,11 @@ fn reclone(facts: &Facts<'_>, because: String) -> Plan {
 fn asked(facts: &Facts<'_>, record: &LeaderRecord) -> Option<Plan> {
     let operation = facts.view.memory.operation.as_ref()?;
     let request = &facts.records.requests.get(&operation.id)?.value;
+    if let Some(outcome) = &operation.outcome {
+        let why = format!("the request of {} could not be carried out: {outcome:?}", request.asked_by);
+        let finish = Step::FinishRequest { id: request.id.clone(), outcome: outcome.clone() };
+        return Some(Plan::new("follow.request", why).step(finish));
+    }
     match &request.what {
         Operation::Restart { .. } => Some(
             Plan::new("follow.restart", format!("asked by {}: restarting PostgreSQL", request.asked_by))
@@ -278,16 +305,16 @@ fn asked(facts: &Facts<'_>, record: &LeaderRecord) -> Option<Plan> {
                     outcome: Outcome::Done { message: "PostgreSQL is restarted".to_owned() },
                 }),
         ),
-        Operation::Reinit { .. } if record.state == LeaderState::Held => {
+        Operation::Reinit { .. } if record.state == LeaderState::Held && leader_speaks(facts) => {
             let why = format!("asked by {}", request.asked_by);
             let mut plan = Plan::new("follow.reinit", format!("{why}: setting the data aside and cloning anew"));
             if !matches!(facts.view.local.postgres, LocalPostgres::Down) {
                 plan = plan.step(Step::Stop { timeout: facts.view.policy.stop_timeout });
             }
-            Some(plan.step(Step::SetAside { why }).step(Step::FinishRequest {
-                id: request.id.clone(),
-                outcome: Outcome::Done { message: "the data are set aside; the clone is under way".to_owned() },
-            }))
+            // Answered first: a restart of the agent in between must not repeat it on the new data.
+            let message = "the data are being set aside and cloned anew".to_owned();
+            plan = plan.step(Step::FinishRequest { id: request.id.clone(), outcome: Outcome::Done { message } });
+            Some(plan.step(Step::SetAside { why }))
         }
         Operation::Reinit { .. } | Operation::Switchover { .. } | Operation::Failover { .. } => None,
     }

@@ -3,14 +3,22 @@
 use std::time::Duration;
 
 use super::Facts;
-use crate::core::plan::Plan;
+use crate::core::plan::{Plan, Step};
 use crate::core::view::{DataDirectory, View};
 
 /// Does this directory, this state file and this store belong together?
 pub fn belongs(view: &View) -> Option<Plan> {
+    // Told to stop, that is what happens: stopping touches nothing that is not ours.
+    if view.stopping {
+        return None;
+    }
     let refuse = |why: String| Some(Plan::new("identity.refused", why));
     let in_directory = match &view.local.data {
-        DataDirectory::Foreign { why } => return refuse(format!("{why}; nothing is touched")),
+        DataDirectory::Foreign { why } => {
+            return refuse(format!(
+                "{why}; nothing is touched: let postgresql.data_dir name this member's own directory, or an empty one"
+            ));
+        }
         DataDirectory::Present { system_identifier, .. } => Some(*system_identifier),
         DataDirectory::Empty | DataDirectory::Unfinished { .. } | DataDirectory::Unknown { .. } => None,
     };
@@ -42,6 +50,25 @@ pub fn belongs(view: &View) -> Option<Plan> {
         );
     }
     None
+}
+
+/// A start counter below the one that this incarnation published: the state file was brought back from the past, and with
+/// it the promises. The data may be as old, so this is another life of the member (protocol §0).
+pub fn restored(view: &View) -> Option<Plan> {
+    let facts = Facts::of(view)?;
+    let record = &facts.records.members.get(&facts.me().name)?.value;
+    let back = record.incarnation == facts.me().incarnation && record.start_counter > view.me.start_counter;
+    back.then(|| {
+        Plan::new(
+            "identity.restored",
+            format!(
+                "this is start {} of the member, the store knows {}: it was restored from an older copy and begins a new \
+                 incarnation",
+                view.me.start_counter, record.start_counter
+            ),
+        )
+        .step(Step::NewIncarnation { copied: false })
+    })
 }
 
 /// Is another agent using this member's name?

@@ -12,10 +12,32 @@ use crate::core::records::{
 };
 use crate::core::time::Moment;
 use crate::core::timeline::Term;
-use crate::core::view::{GuardState, LocalPostgres, PrimaryFacts, View};
+use crate::core::view::{DataDirectory, GuardState, LocalPostgres, PrimaryFacts, View};
 
 /// A standby that streamed from here within this time can take over at once.
 const READY_WITHIN: Duration = Duration::from_secs(4);
+
+/// This member holds the term, PostgreSQL is gone, and so are its data (wiped, unmounted, unreadable, foreign): somebody
+/// else has to lead. Without this the lease would be renewed for ever by a member that can do nothing with it.
+pub fn unfit(view: &View) -> Option<Plan> {
+    let facts = Facts::of(view)?;
+    facts.records.init.value()?;
+    let mine = facts.mine().filter(|l| matches!(l.value.state, LeaderState::Held | LeaderState::Electing { .. }))?;
+    let gone = matches!(view.local.guard.state, GuardState::Idle { .. } | GuardState::Survivors { .. });
+    if !gone || matches!(view.local.data, DataDirectory::Present { .. }) {
+        return None;
+    }
+    let mut record = mine.value.clone();
+    let why = format!("PostgreSQL is gone and its data cannot be used ({:?})", view.local.data);
+    record.state = LeaderState::Released { to: None, why: why.clone() };
+    let transaction = Transaction::when(Key::Leader, mine.revision).put(Write::Leader(record));
+    Some(
+        Plan::new("leader.unfit", why)
+            .step(Step::Kill)
+            .step(facts.commit("release the term", transaction))
+            .step(Step::DropLease),
+    )
+}
 
 pub fn rule(view: &View) -> Option<Plan> {
     let facts = Facts::of(view)?;
@@ -23,6 +45,13 @@ pub fn rule(view: &View) -> Option<Plan> {
     let term = mine.value.term;
     if !view.lease.valid(term, view.now) {
         return Some(Plan::new("leader.lease", format!("waiting for a renewal of term {term}")));
+    }
+    if let (LocalPostgres::Primary(_), GuardState::Running { armed, .. }) =
+        (&view.local.postgres, &view.local.guard.state)
+        && *armed != Some(term)
+    {
+        // A record that was written again has another term: the guardian must count its deadlines, not the old term's.
+        return Some(Plan::new("leader.arm", format!("arming the guardian for term {term}")).step(Step::Arm { term }));
     }
     Some(match &view.local.postgres {
         LocalPostgres::Primary(primary) => primary_plan(&facts, mine, primary),
@@ -83,12 +112,15 @@ fn crashed(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, what: &str) -> Plan {
     let looping = view.memory.crashes.len() > view.policy.crash_max_restarts as usize;
     let ready = ready_standby(facts);
     match ready {
-        // A hand-over that stopped PostgreSQL and could not go on is put back where it was.
-        _ if view.memory.in_place == Some(term) => in_place(facts, mine, term, what),
-        Some(to) if view.policy.crash_failover || looping || view.stopping => {
+        Some(to)
+            if (view.policy.crash_failover || looping || view.stopping)
+                && (view.memory.in_place != Some(term) || view.stopping) =>
+        {
             let why = format!("{what} under term {term}; {to} takes over");
             release(Some(to), why)
         }
+        // A hand-over that stopped PostgreSQL and could not go on is put back where it was.
+        _ if view.memory.in_place == Some(term) && !view.stopping => in_place(facts, mine, term, what),
         _ if view.stopping => release(None, format!("{what}, and the agent was told to stop")),
         _ if looping => release(
             None,
@@ -110,6 +142,7 @@ fn in_place(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, term: Term, what: &st
     let me = &facts.me().name;
     let mut record = mine.value.clone();
     record.term = term.next();
+    record.lsn = facts.last_published_lsn();
     record.state = LeaderState::Electing { coordinator: me.clone(), preferred: Some(me.clone()), winner: None };
     Plan::new("leader.restart_in_place", format!("{what} under term {term}: electing again from here"))
         .step(Step::Kill)
@@ -223,7 +256,9 @@ pub fn best_standby(
             no(format!("is catching up ({})", row.state));
         } else if !member.value.tags.may_lead() {
             no("has the tag nofailover (or failover_priority 0)".to_owned());
-        } else if claim.mode != Durability::Async && claim.k > 0 && !claim.members.contains(&id) {
+        } else if !facts.is_there(name) {
+            no("its agent does not speak".to_owned());
+        } else if claim.mode != Durability::Async && !claim.members.contains(&id) {
             no("is not in the synchronous set".to_owned());
         } else if lag > facts.view.policy.max_lag {
             no(format!("is {lag} bytes behind, election.max_lag is {}", facts.view.policy.max_lag));

@@ -16,9 +16,10 @@ pub mod waiting;
 
 use std::time::Duration;
 
+use super::lsn::Lsn;
 use super::names::{MemberId, MemberName};
 use super::plan::{Follow, Source, Step, walreceiver_name};
-use super::records::{ClusterRecords, Keyed, LeaderRecord, Transaction};
+use super::records::{ClusterRecords, Durability, Keyed, LeaderRecord, Transaction};
 use super::time::Moment;
 use super::timeline::Term;
 use super::view::{LocalPostgres, View};
@@ -82,6 +83,33 @@ impl<'a> Facts<'a> {
         // Copied or rewound data would wait for ever for WAL that only a leader has.
         let parks = !self.view.memory.durable.must_follow;
         (parks && matches!(self.view.local.postgres, LocalPostgres::Down)).then_some(Step::Start { follow: None })
+    }
+
+    /// The step that starts PostgreSQL parked, unless a change of leader is under way that can end without this member: a
+    /// recovery that begins in that moment takes processor and disk from those who elect (several members may share a host).
+    /// `since`: when the change began, as seen here.
+    pub fn start_when_needed(&self, since: Moment) -> Option<Step> {
+        let begun = self.now().since(since);
+        if self.others_suffice() && begun < self.view.policy.election_wait {
+            return None;
+        }
+        self.start_parked()
+    }
+
+    /// Are enough others there to elect and to acknowledge?
+    fn others_suffice(&self) -> bool {
+        let Some(claim) = self.records.sync.value() else { return false };
+        let others = |id: &&MemberId| id.name != self.me().name && self.is_there(&id.name);
+        let there = claim.electorate().iter().filter(others).count();
+        claim.mode != Durability::Async && there >= claim.seals_needed().max(claim.k as usize + 1)
+    }
+
+    /// The last position that the leader of the present record published with its heartbeat: what bounds the loss in
+    /// async mode. An election overwrites the heartbeat, so it is carried in the record.
+    pub fn last_published_lsn(&self) -> Option<Lsn> {
+        let leader = self.leader?;
+        let lease = self.records.lease.value().filter(|lease| lease.term == leader.value.term);
+        lease.and_then(|lease| lease.lsn).or(leader.value.lsn)
     }
 
     pub fn commit(&self, what: impl Into<String>, transaction: Transaction) -> Step {

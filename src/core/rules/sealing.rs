@@ -1,5 +1,7 @@
 //! Somebody else coordinates an election: give our word that no WAL of a lower term is taken any more.
 
+use std::time::Duration;
+
 use super::Facts;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::LeaderState;
@@ -22,6 +24,11 @@ pub fn rule(view: &View) -> Option<Plan> {
         );
         return Some(Plan::new("seal.copied", why));
     }
+    // A coordinator that is silent is overtaken like a leader: that is the next rules' matter, sealed or not.
+    let patience = view.policy.timings.candidate_wait(Duration::from_millis(leader.value.ttl_ms));
+    if view.memory.silence.is_some_and(|s| view.now.all_reached(s.first_seen.plus(patience))) {
+        return None;
+    }
     let sealed = facts
         .records
         .seals
@@ -39,9 +46,24 @@ pub fn seal(facts: &Facts<'_>, term: crate::core::timeline::Term, leader_revisio
         LocalPostgres::Standby(_) => {
             Plan::new("seal", format!("{because}: sealing")).step(Step::Seal { term, leader_revision })
         }
-        LocalPostgres::Down => {
+        // The coordinator itself always starts: it is there to be sealed.
+        LocalPostgres::Down if facts.mine().is_some() => {
             Plan::new("seal.start", format!("{because}: starting PostgreSQL parked to learn its position"))
                 .steps(facts.start_parked())
+        }
+        LocalPostgres::Down => {
+            let since = facts.view.memory.term_since.unwrap_or(facts.now());
+            let wake = since.plus(facts.view.policy.election_wait);
+            match facts.start_when_needed(since) {
+                Some(start) => {
+                    Plan::new("seal.start", format!("{because}: starting PostgreSQL parked to learn its position"))
+                        .step(start)
+                }
+                None => {
+                    Plan::new("seal.others", format!("{because}: the others are enough, PostgreSQL starts after it"))
+                        .wake_at(wake)
+                }
+            }
         }
         LocalPostgres::Starting { why } => {
             Plan::new("seal.recovery", format!("{because}: waiting for recovery here ({why})"))

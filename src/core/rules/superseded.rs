@@ -24,11 +24,10 @@ pub fn rule(view: &View) -> Option<Plan> {
     let facts = Facts::of(view)?;
     match &facts.records.leader {
         Entry::Absent | Entry::Unreadable { .. } => mend(&facts),
+        // A record of a lower term than ours, an own one too, is an old one that came back: mended by the holder, believed
+        // by nobody.
+        Entry::Present(record) if view.memory.durable.highest_term > record.value.term => mend(&facts),
         Entry::Present(record) if record.value.holder != *facts.me() => {
-            // A record of a lower term than ours is an old one that came back: mended by the holder, believed by nobody.
-            if view.memory.durable.highest_term > record.value.term {
-                return mend(&facts);
-            }
             kill(format!("{} holds term {} now", record.value.holder.name, record.value.term))
         }
         Entry::Present(record) => match &record.value.state {

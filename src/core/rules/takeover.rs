@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Facts, scattered, seconds};
 use crate::core::election::list;
-use crate::core::names::MemberName;
+use crate::core::names::{MemberId, MemberName};
 use crate::core::plan::Plan;
 use crate::core::records::{
     Durability, Entry, Key, LeaderRecord, LeaderState, Operation, SyncClaim, Transaction, Write,
@@ -68,12 +68,15 @@ pub fn rule(view: &View) -> Option<Plan> {
     record.boot_id = view.me.boot_id.clone();
     record.term = leader.value.term.max(view.memory.durable.highest_term).next();
     record.ttl_ms = view.policy.timings.ttl.as_millis() as u64;
+    record.lsn = facts.last_published_lsn();
     record.state = LeaderState::Electing { coordinator: facts.me().name.clone(), preferred, winner: None };
     let reason = format!("{since}: electing for term {}", record.term);
     // One transaction: the record as we saw it becomes ours (step 1). The claim is read after it, never before.
-    Some(Plan::new("takeover", reason).step(
-        facts.commit("begin an election", Transaction::when(Key::Leader, leader.revision).put(Write::Leader(record))),
-    ))
+    // The lease too: a reading that is old by now must not take over from a leader that renewed since.
+    let transaction = Transaction::when(Key::Leader, leader.revision)
+        .and(Key::Lease, facts.records.lease.revision())
+        .put(Write::Leader(record));
+    Some(Plan::new("takeover", reason).step(facts.commit("begin an election", transaction)))
 }
 
 enum Vacancy {
@@ -137,7 +140,8 @@ fn name_or_others(to: Option<&MemberName>) -> String {
 fn hold(facts: &Facts<'_>, why: String, at: Moment) -> Option<Plan> {
     let mut plan = Plan::new("takeover.hold", why).wake_at(at);
     if matches!(facts.view.local.data, DataDirectory::Present { .. }) {
-        plan = plan.steps(facts.start_parked());
+        let since = facts.view.memory.releases.map(|r| r.first_seen).unwrap_or(facts.now());
+        plan = plan.steps(facts.start_when_needed(since));
     }
     Some(plan)
 }
@@ -179,9 +183,13 @@ fn may_stand(facts: &Facts<'_>, claim: &SyncClaim) -> Result<(), String> {
         });
     }
     let need = claim.seals_needed();
-    let there: Vec<&MemberName> = electorate.iter().map(|id| &id.name).filter(|name| facts.is_there(name)).collect();
+    let is_there = |id: &MemberId| {
+        let incarnation = facts.records.members.get(&id.name).map(|m| m.value.incarnation);
+        id == facts.me() || facts.is_there(&id.name) && incarnation == Some(id.incarnation)
+    };
+    let there: Vec<&MemberName> = electorate.iter().filter(|id| is_there(id)).map(|id| &id.name).collect();
     if there.len() < need {
-        let missing = electorate.iter().map(|id| &id.name).filter(|name| !facts.is_there(name));
+        let missing = electorate.iter().filter(|id| !is_there(id)).map(|id| &id.name);
         return Err(format!(
             "{need} of {} must be there to know every acknowledged commit, {} are; waiting for {}",
             list(electorate.iter().map(|id| &id.name)),

@@ -2,7 +2,7 @@
 
 use super::Facts;
 use crate::core::plan::{Plan, Step};
-use crate::core::records::Entry;
+use crate::core::records::{Entry, LeaderState};
 use crate::core::view::{DataDirectory, GuardState, LocalPostgres, Store, View};
 
 /// The store cannot be read.
@@ -70,6 +70,8 @@ pub fn local(view: &View) -> Option<Plan> {
     match &view.local.postgres {
         // The guardian knows more than PostgreSQL can say: the rules of the leader go by it.
         LocalPostgres::Unknown { .. } if matches!(view.local.guard.state, GuardState::Survivors { .. }) => None,
+        // An election of ours has to be given up in time; its own rule does that.
+        LocalPostgres::Unknown { .. } if electing(view) => None,
         LocalPostgres::Unknown { why } => {
             Some(Plan::new("postgres.unknown", format!("PostgreSQL does not answer ({why}): nothing is changed")))
         }
@@ -78,4 +80,8 @@ pub fn local(view: &View) -> Option<Plan> {
         | LocalPostgres::Standby(_)
         | LocalPostgres::Primary(_) => None,
     }
+}
+
+fn electing(view: &View) -> bool {
+    Facts::of(view).is_some_and(|f| f.mine().is_some_and(|l| matches!(l.value.state, LeaderState::Electing { .. })))
 }

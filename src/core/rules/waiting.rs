@@ -7,7 +7,7 @@ use crate::core::view::{GuardState, LocalPostgres, View};
 
 pub fn job(view: &View) -> Option<Plan> {
     let job = view.job.as_ref().filter(|job| job.result.is_none())?;
-    Some(Plan::new("job", format!("{:?} is under way", job.what)))
+    Some(Plan::new("job", format!("{} is under way", job.what)))
 }
 
 /// Without a guardian nothing is started, promoted or renewed: no guard, no lease.
@@ -19,9 +19,11 @@ pub fn guardian(view: &View) -> Option<Plan> {
         )),
         GuardState::Survivors { count } => {
             // A leader does not wait to say that it is finished: only a *start* waits for the last process.
-            let leads = Facts::of(view).is_some_and(|f| f.mine().is_some_and(|l| l.value.state == LeaderState::Held));
+            let holds = Facts::of(view).is_some_and(|f| {
+                f.mine().is_some_and(|l| matches!(l.value.state, LeaderState::Held | LeaderState::Electing { .. }))
+            });
             let why = format!("waiting for the last {count} processes of PostgreSQL to go away before it is started");
-            (!leads).then(|| Plan::new("guardian.survivors", why))
+            (!holds).then(|| Plan::new("guardian.survivors", why))
         }
         GuardState::Idle { .. } | GuardState::Running { .. } => None,
     }

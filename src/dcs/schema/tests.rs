@@ -41,6 +41,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         term: Term(5),
         state,
         ttl_ms: 8000,
+        lsn: None,
         last: Some(Published {
             member: id("node-b", 0xabc),
             term: Term(4),
@@ -52,7 +53,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
     let leader_wire = |state: Value| {
         json!({"v": 1, "holder": {"name": "node-a", "incarnation": "0000000000000001"}, "boot_id": "boot", "term": 5,
             "state": state, "ttl_ms": 8000,
-            "last": {"member": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 4, "timeline": 2, "parent": 1, "switch": "0/3000000"}})
+            "lsn": null, "last": {"member": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 4, "timeline": 2, "parent": 1, "switch": "0/3000000"}})
     };
     let winner =
         Winner { member: id("node-c", 3), timeline: TimelineId(3), parent: TimelineId(2), switch: Lsn(0x400_0000) };

@@ -594,6 +594,12 @@ async fn a_server_filled_by_clients_is_still_sealed() {
     a.lead_alone().await;
     a.sql("create role app login password 'app'").await;
     a.stop();
+    // Lowered below what the WAL was written with: every start is one as a standby, so it goes on with the old value.
+    let mut lowered = cluster.member_with("node-a", &[("max_connections", "8")]);
+    lowered.start(StartMode::Parked).await;
+    let shown: String = lowered.client().await.query_one("show max_connections", &[]).await.unwrap().get(0);
+    assert_eq!(shown, "10");
+    lowered.stop();
     a.start(StartMode::Parked).await;
     let mut clients = Vec::new();
     let full = loop {

@@ -1,0 +1,350 @@
+//! Schedules that broke an earlier state of the decision core, found by reading it against the protocol. Each failed before
+//! its mending.
+
+use std::time::Duration;
+
+use pgvigil::core::decide::decide;
+use pgvigil::core::election::{Verdict, judge};
+use pgvigil::core::plan::Step;
+use pgvigil::core::records::{Durability, Entry, Keyed, LeaderState, Operation, Outcome, TimelineReservation};
+use pgvigil::core::timeline::{History, HistoryEntry, Term, TimelineId};
+use pgvigil::core::view::DataDirectory;
+use pgvigil::core::{Lsn, MemberName};
+
+use crate::decide::{ask, running, two_standbys};
+use crate::toy::{Pg, Toy, name};
+
+fn others(leader: &MemberName) -> Vec<MemberName> {
+    ["a", "b", "c"].into_iter().map(name).filter(|n| n != leader).collect()
+}
+
+/// L1: the holder renewed for ever although it had nothing to lead with.
+#[test]
+fn a_leader_that_loses_its_data_lets_others_lead() {
+    for data in [
+        DataDirectory::Empty,
+        DataDirectory::Foreign { why: "lost+found".to_owned() },
+        DataDirectory::Unknown { why: "input/output error".to_owned() },
+    ] {
+        let mut toy = running(Durability::Sync);
+        let old = toy.leader().unwrap();
+        toy.member(old.as_str()).data = data;
+        toy.member(old.as_str()).die("signal 6");
+        toy.until("another leader", 100, |t| t.leader().is_some_and(|l| l != old));
+    }
+}
+
+/// S2: what was acknowledged on a promoted timeline that was not published yet lost to the old primary's unacknowledged tail.
+#[test]
+fn a_promoted_but_unpublished_timeline_outranks_the_old_primarys_tail() {
+    let toy = running(Durability::Sync);
+    let old = toy.leader().unwrap();
+    let mut records = toy.records.clone();
+    let mut record = records.leader().unwrap().clone();
+    let line = record.last.as_ref().unwrap().timeline;
+    let next = TimelineId(line.0 + 1);
+    record.term = Term(record.term.0 + 2);
+    record.state = LeaderState::Electing { coordinator: old.clone(), preferred: None, winner: None };
+    let switch = Lsn(10_090);
+    records.timelines.insert(next, TimelineReservation { term: Term(record.term.0 - 1), parent: line, switch });
+    let claim = records.sync.value().unwrap().clone();
+    for id in claim.electorate() {
+        let was_primary = id.name == old;
+        let history = toy.members[&id.name].disk.1.clone();
+        let position = if was_primary {
+            (line, Lsn(10_100), history)
+        } else {
+            let mut longer: History = history;
+            longer.0.push(HistoryEntry { timeline: line, switch });
+            (next, Lsn(10_095), longer)
+        };
+        let seal = pgvigil::core::records::SealRecord {
+            term: record.term,
+            incarnation: id.incarnation,
+            position: pgvigil::core::records::Position {
+                timeline: position.0,
+                replayed: position.1,
+                received: position.1,
+                history: position.2,
+            },
+            tags: Default::default(),
+        };
+        records.seals.insert(id.name.clone(), Keyed { revision: 9_000, value: seal });
+    }
+    match judge(&records, &record, 1 << 20, None) {
+        Verdict::Elected(elected) => assert_ne!(elected.winner.member.name, old, "S2: acknowledged rows are lost"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// S1: a reading that was old by the time it was decided on took over from a leader that had renewed since.
+#[test]
+fn a_stale_reading_cannot_take_over() {
+    let mut toy = running(Durability::Async);
+    let leader = toy.leader().unwrap();
+    let b = others(&leader).remove(0);
+    let mut stale = toy.view(&b);
+    for _ in 0..20 {
+        toy.round();
+    }
+    stale.now = stale.now.plus(Duration::from_secs(60));
+    let plan = decide(&stale);
+    assert_eq!(plan.rule, "takeover", "{}", plan.reason);
+    for step in &plan.steps {
+        if let Step::Commit { what, transaction } = step
+            && what == "begin an election"
+        {
+            assert!(toy.commit(transaction).is_none(), "the leader renewed since: it must not be overtaken");
+        }
+    }
+}
+
+/// S2, async: the election's own heartbeat erased the position that bounds the loss.
+#[test]
+fn async_never_promotes_beyond_max_lag() {
+    let mut toy = Toy::new(&["a", "b", "c"], Durability::Async);
+    toy.policy.max_lag = 50;
+    toy.until("a cluster", 300, two_standbys);
+    for _ in 0..40 {
+        toy.round();
+    }
+    let leader = toy.leader().unwrap();
+    for n in others(&leader) {
+        toy.member(n.as_str()).die("power");
+        toy.member(n.as_str()).agent = false;
+    }
+    for _ in 0..20 {
+        toy.round();
+    }
+    toy.member(leader.as_str()).die("power");
+    toy.member(leader.as_str()).agent = false;
+    for n in others(&leader) {
+        toy.member(n.as_str()).restart_agent();
+    }
+    for _ in 0..300 {
+        toy.round();
+        assert!(toy.leader().is_none(), "a standby beyond max_lag leads");
+    }
+}
+
+/// L3: after the record was written again under a new term, the guardian still counted the old one's deadline.
+#[test]
+fn a_mended_record_does_not_cost_the_primary_its_life() {
+    let mut toy = running(Durability::Sync);
+    let (leader, writers) = (toy.leader().unwrap(), toy.writers.len());
+    toy.records.leader = Entry::Absent;
+    for _ in 0..150 {
+        toy.round();
+    }
+    assert_eq!(toy.leader(), Some(leader));
+    assert_eq!(toy.writers.len(), writers);
+}
+
+/// L3: an old record that somebody restored is written over by the sitting leader.
+#[test]
+fn an_old_leader_record_that_comes_back_is_mended() {
+    let mut toy = running(Durability::Sync);
+    let first = toy.records.leader.clone();
+    let old = toy.leader().unwrap();
+    toy.member(old.as_str()).die("signal 9");
+    toy.until("another leader", 100, |t| t.leader().is_some_and(|l| l != old));
+    toy.until("whole again", 300, two_standbys);
+    let (leader, writers) = (toy.leader().unwrap(), toy.writers.len());
+    let Entry::Present(mut keyed) = first else { panic!("there was a record") };
+    toy.records.revision += 1;
+    keyed.revision = toy.records.revision;
+    toy.records.leader = Entry::Present(keyed);
+    for _ in 0..150 {
+        toy.round();
+    }
+    assert_eq!(toy.leader(), Some(leader));
+    assert_eq!(toy.writers.len(), writers);
+}
+
+/// L1: a full state disk on the first candidate kept everybody waiting.
+#[test]
+fn a_full_state_disk_on_a_candidate_does_not_block_the_others() {
+    let mut toy = running(Durability::Sync);
+    let old = toy.leader().unwrap();
+    let first = others(&old).remove(0);
+    toy.member(first.as_str()).state_disk_full = true;
+    toy.member(old.as_str()).die("signal 9");
+    toy.until("another leader", 300, |t| t.leader().is_some());
+}
+
+/// L1: the patience with followers began anew in every round after a restart of the agent.
+#[test]
+fn an_agent_restart_between_promotion_and_publication_does_not_wait_for_ever() {
+    let mut toy = Toy::new(&["a", "b"], Durability::Sync);
+    toy.until("a cluster", 300, |t| t.leader().is_some() && t.records.sync.value().is_some_and(|s| s.k == 1));
+    let old = toy.leader().unwrap();
+    let other = ["a", "b"].into_iter().map(name).find(|n| *n != old).unwrap();
+    toy.member(old.as_str()).die("power");
+    toy.member(old.as_str()).agent = false;
+    toy.until("promoted", 200, |t| {
+        matches!(t.members[&other].pg, Pg::Primary { .. })
+            && t.records.leader().is_some_and(|l| matches!(l.state, LeaderState::Electing { .. }))
+    });
+    toy.member(other.as_str()).restart_agent();
+    toy.until("open", 60, |t| t.leader().as_ref() == Some(&other));
+}
+
+/// S11: the remedy that the message names has to work also when the request is stamped with the term it was asked under.
+#[test]
+fn a_restart_ends_a_crash_loop_also_while_nobody_leads() {
+    let mut toy = Toy::new(&["a"], Durability::Sync);
+    toy.until("a leader", 100, |t| t.leader().is_some());
+    for _ in 0..4 {
+        toy.member("a").die("signal 11");
+        for _ in 0..60 {
+            toy.round();
+        }
+    }
+    assert!(toy.leader().is_none());
+    ask(&mut toy, Operation::Restart { member: name("a") });
+    toy.until("a leader", 100, |t| t.leader().is_some());
+}
+
+/// S9: after a restart of the agent a write of an earlier life may still land; one guarded write rules it out first.
+#[test]
+fn a_late_write_of_the_claim_cannot_land_after_an_agent_restart() {
+    let mut toy = running(Durability::Sync);
+    let leader = toy.leader().unwrap();
+    let revision = toy.records.sync.revision();
+    let rewritten = toy.records.sync.revision();
+    toy.member(leader.as_str()).restart_agent();
+    for _ in 0..20 {
+        toy.round();
+    }
+    assert_eq!(revision, rewritten);
+    assert!(toy.records.sync.revision() > revision, "the claim was not settled after the restart");
+    assert_eq!(toy.leader(), Some(leader));
+}
+
+/// S2: a snapshot of a member is brought back, promises, data and all; what it acknowledged since is not on it.
+#[test]
+fn a_member_from_the_past_does_not_vote_for_the_present() {
+    let mut toy = running(Durability::Sync);
+    let leader = toy.leader().unwrap();
+    let (b, c) = (others(&leader).remove(0), others(&leader).remove(1));
+    let snapshot = toy.members[&b].clone();
+    toy.member(c.as_str()).die("power");
+    toy.member(c.as_str()).agent = false;
+    // Longer than a publication: what a member has not said since cannot be held against its snapshot.
+    for _ in 0..50 {
+        toy.round();
+    }
+    toy.member(leader.as_str()).die("power");
+    toy.member(leader.as_str()).agent = false;
+    let mut back = snapshot;
+    back.die("power");
+    back.restart_agent();
+    toy.members.insert(b, back);
+    toy.member(c.as_str()).restart_agent();
+    for _ in 0..300 {
+        toy.round();
+        assert!(toy.leader().is_none(), "S2: a disk of the past was counted");
+    }
+}
+
+/// A switchover must not leave the cluster worse than it was.
+#[test]
+fn a_switchover_to_who_cannot_take_over_is_refused() {
+    let mut toy = Toy::new(&["a", "b"], Durability::Sync);
+    toy.member("a").me.tags.nosync = true;
+    toy.member("b").me.tags.nosync = true;
+    toy.until("a cluster", 300, |t| t.leader().is_some() && t.streaming() == 1);
+    let to = ["a", "b"].into_iter().map(name).find(|n| Some(n) != toy.leader().as_ref()).unwrap();
+    ask(&mut toy, Operation::Switchover { to: Some(to) });
+    toy.until("an answer", 50, |t| t.records.requests["r1"].value.outcome.is_some());
+    assert!(matches!(toy.records.requests["r1"].value.outcome, Some(Outcome::Refused { .. })));
+    assert_eq!(toy.writers.len(), 1);
+
+    let mut toy = running(Durability::Sync);
+    let to = others(&toy.leader().unwrap()).remove(0);
+    toy.member(to.as_str()).agent = false;
+    for _ in 0..150 {
+        toy.round();
+    }
+    ask(&mut toy, Operation::Switchover { to: Some(to) });
+    toy.until("an answer", 50, |t| t.records.requests["r1"].value.outcome.is_some());
+    assert!(matches!(toy.records.requests["r1"].value.outcome, Some(Outcome::Refused { .. })));
+    assert_eq!(toy.writers.len(), 1);
+}
+
+/// S5: a complete copy was set aside for the sake of a leader that was dead already.
+#[test]
+fn a_reinit_waits_for_a_leader_that_speaks() {
+    let mut toy = Toy::new(&["a", "b"], Durability::Sync);
+    toy.until("a cluster", 300, |t| t.leader().is_some() && t.streaming() == 1);
+    let leader = toy.leader().unwrap();
+    let other = ["a", "b"].into_iter().map(name).find(|n| *n != leader).unwrap();
+    toy.member(leader.as_str()).die("power");
+    toy.member(leader.as_str()).agent = false;
+    for _ in 0..40 {
+        toy.round();
+    }
+    ask(&mut toy, Operation::Reinit { member: other.clone() });
+    for _ in 0..30 {
+        toy.round();
+        assert!(matches!(toy.members[&other].data, DataDirectory::Present { .. }), "S5");
+    }
+}
+
+/// L1: a leader that was told to stop while PostgreSQL was already down went away without a word.
+#[test]
+fn a_stopping_leader_without_postgresql_still_releases() {
+    let mut toy = running(Durability::Sync);
+    let old = toy.leader().unwrap();
+    toy.member(old.as_str()).die("signal 9");
+    toy.member(old.as_str()).stopping = true;
+    toy.until("another leader", 25, |t| t.leader().is_some_and(|l| l != old));
+    toy.until("the old one ended", 30, |t| t.members[&old].exited);
+}
+
+/// The agent's own session outlives the walsenders by an instant when the postmaster dies. What it saw then made the leader
+/// restart in place, for 1.8 s instead of 0.2.
+#[test]
+fn a_last_look_at_a_dying_primary_does_not_hide_its_standbys() {
+    let mut toy = running(Durability::Sync);
+    let old = toy.leader().unwrap();
+    let standbys: Vec<Pg> = others(&old).iter().map(|n| toy.members[n].pg.clone()).collect();
+    for n in others(&old) {
+        toy.member(n.as_str()).pg = Pg::Down;
+    }
+    let seen = toy.view(&old);
+    assert!(seen.local.postgres.primary().is_some_and(|p| p.replicas.is_empty()));
+    for (n, pg) in others(&old).iter().zip(standbys) {
+        toy.member(n.as_str()).pg = pg;
+    }
+    toy.member(old.as_str()).die("signal 9");
+    toy.until("another leader", 25, |t| t.leader().is_some_and(|l| l != old));
+}
+
+/// L1: elections that cannot end must not burn terms as fast as the store answers.
+#[test]
+fn when_the_best_may_not_lead_elections_are_paced_and_async_goes_on() {
+    let mut toy = running(Durability::Async);
+    let old = toy.leader().unwrap();
+    let tagged = others(&old).remove(0);
+    toy.member(tagged.as_str()).me.tags.nofailover = true;
+    // The tagged one is a little ahead of the other.
+    let behind = others(&old).remove(1);
+    toy.member(behind.as_str()).die("power");
+    toy.member(old.as_str()).die("power");
+    toy.member(old.as_str()).agent = false;
+    toy.until("the one that may", 300, |t| t.leader().as_ref() == Some(&behind));
+
+    let mut toy = running(Durability::Sync);
+    let old = toy.leader().unwrap();
+    for n in others(&old) {
+        toy.member(n.as_str()).me.tags.nofailover = true;
+    }
+    toy.member(old.as_str()).die("power");
+    toy.member(old.as_str()).agent = false;
+    let term = toy.records.leader().unwrap().term;
+    for _ in 0..200 {
+        toy.round();
+    }
+    assert!(toy.records.leader().unwrap().term.0 - term.0 < 10, "terms are burnt");
+}
