@@ -462,7 +462,7 @@ fn sitting(change: impl FnOnce(&mut View)) -> Plan {
 fn a_doubtful_claim_is_written_again_before_anything_else() {
     assert_eq!(sitting(|_| {}).rule, "leader.slots");
     assert_eq!(sitting(|v| v.memory.doubtful_sync = true).rule, "leader.sync_doubt");
-    assert_eq!(sitting(|v| v.memory.sync_settled = false).rule, "leader.sync_doubt");
+    assert_eq!(sitting(|v| v.memory.sync_settled = false).rule, "leader.sync_doubt", "one of an earlier agent's");
 }
 
 #[test]
@@ -526,7 +526,7 @@ fn judged(seals: &[(&str, u64, &str, u32, Lsn)]) -> Verdict {
     let r = records(&mut view);
     let reservation = TimelineReservation { term: Term(4), parent: TimelineId(1), switch: lag(100) };
     r.timelines.insert(TimelineId(2), reservation);
-    // Nobody has said more of itself than its seal says.
+    // Nobody has published more than it is sealed with.
     r.members.values_mut().for_each(|m| m.value.replayed = None);
     for (n, term, incarnation, timeline, at) in seals {
         let position =
@@ -564,4 +564,45 @@ fn the_line_of_history_decides_and_not_the_number() {
     assert_eq!(winner_of(&diverged), None, "both left the history");
     let early = judged(&[("b", 5, "b", 1, lag(100)), ("c", 5, "c", 1, lag(200))]);
     assert_eq!(winner_of(&early), Some("b".to_owned()), "both are on the way to it");
+}
+
+#[test]
+fn a_disk_of_the_past_is_not_counted() {
+    let mut view = led().seen_by("b");
+    let record = leader(&mut view);
+    (record.holder, record.term) = (id("b"), Term(5));
+    let record = record.clone();
+    let r = records(&mut view);
+    for (n, at) in [("b", END), ("c", lag(8))] {
+        let position = Position { timeline: TimelineId(1), replayed: at, received: at, history: Default::default() };
+        let incarnation = id(n).incarnation;
+        let seal = SealRecord { term: Term(5), incarnation, position, tags: Default::default() };
+        r.seals.insert(name(n), Keyed { revision: 70, value: seal });
+    }
+    assert_eq!(winner_of(&judge(r, &record, 1 << 20, None)), None, "c published more than it has");
+    r.members.get_mut(&name("c")).unwrap().value.replayed = Some(lag(8));
+    assert_eq!(winner_of(&judge(r, &record, 1 << 20, None)), Some("b".to_owned()));
+}
+
+#[test]
+fn a_state_file_of_the_past_begins_a_new_incarnation() {
+    let mut view = led().seen_by("b");
+    view.me.start_counter = 3;
+    assert_ne!(decide(&view).rule, "identity.restored");
+    records(&mut view).members.get_mut(&name("b")).unwrap().value.start_counter = 4;
+    assert_eq!(decide(&view).rule, "identity.restored");
+}
+
+#[test]
+fn the_lint_refuses_a_takeover_that_does_not_compare_the_lease() {
+    let mut view = led().seen_by("b");
+    let mut record = leader(&mut view).clone();
+    (record.holder, record.term) = (id("b"), Term(5));
+    record.state = LeaderState::Electing { coordinator: name("b"), preferred: None, winner: None };
+    let take = |transaction: Transaction| Step::Commit {
+        what: "test".to_owned(),
+        transaction: transaction.put(Write::Leader(record.clone())),
+    };
+    assert!(!refused(&view, take(Transaction::when(Key::Leader, 50).and(Key::Lease, 100))));
+    assert!(refused(&view, take(Transaction::when(Key::Leader, 50))));
 }
