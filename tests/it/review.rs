@@ -1,5 +1,4 @@
-//! Schedules that broke an earlier state of the decision core, found by reading it against the protocol. Each failed before
-//! its mending.
+//! Schedules that broke an earlier state of the decision core, found by reading it against the protocol.
 
 use std::time::Duration;
 
