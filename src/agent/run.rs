@@ -393,9 +393,7 @@ impl Agent {
         if let Some(known) = records.requests.get(&asked.id) {
             return if known.value.what == asked.what { Ok(Taken::Known) } else { Err(NotTaken::IdInUse) };
         }
-        // Asked for while nobody leads: any later leader has fulfilled it.
-        let by_a_change = matches!(asked.what, Operation::Switchover { .. } | Operation::Failover { .. });
-        let began = records.leader().filter(|l| by_a_change && l.state != LeaderState::Held).map(|l| l.term);
+        let began = asked.what.begun_when_asked(records.leader());
         let request = Request {
             id: asked.id.clone(),
             what: asked.what.clone(),

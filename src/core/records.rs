@@ -276,6 +276,19 @@ pub enum Operation {
     Reinit { member: MemberName },
 }
 
+impl Operation {
+    /// What a request begins with: asked for while nobody leads, a change of leader is fulfilled by any later leader.
+    /// Nothing else is: a restart that ends a crash loop still has to be done.
+    pub fn begun_when_asked(&self, leader: Option<&LeaderRecord>) -> Option<Term> {
+        match self {
+            Operation::Switchover { .. } | Operation::Failover { .. } => {
+                leader.filter(|l| l.state != LeaderState::Held).map(|l| l.term)
+            }
+            Operation::Restart { .. } | Operation::Reinit { .. } => None,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "is")]
 pub enum Outcome {

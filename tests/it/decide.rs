@@ -26,13 +26,14 @@ pub fn two_standbys(t: &Toy) -> bool {
 }
 
 pub fn ask(toy: &mut Toy, what: Operation) {
+    let began = what.begun_when_asked(toy.records.leader());
     let request = Request {
         id: "r1".to_owned(),
         what,
         asked_by: "test".to_owned(),
         at_unix_ms: 1,
         timeout_ms: 60_000,
-        began: None,
+        began,
         outcome: None,
     };
     toy.records.revision += 1;
