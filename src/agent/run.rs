@@ -13,6 +13,7 @@ use tracing::{debug, error, info, warn};
 
 use super::execute::{Effect, SQL_DEADLINE, STORE_DEADLINE, StepError, World};
 use super::jobs::{Context, RunningJob};
+use super::peer_watch::Introduction;
 use super::status::{Counters, Decision, Status};
 use crate::core::decide::decide;
 use crate::core::plan::{Plan, Step};
@@ -120,11 +121,13 @@ impl Agent {
         let mut store_changes = self.world.dcs.changes();
         let mut fence_changes = self.world.fence.changes();
         let mut lease_changes = self.world.keeper.changes();
+        let mut peer_changes = self.world.peers.changes();
         loop {
             // Marked before observing: what changes while we look wakes us again.
             store_changes.mark_unchanged();
             fence_changes.mark_unchanged();
             lease_changes.mark_unchanged();
+            peer_changes.mark_unchanged();
             if *self.wanted.borrow_and_update() == Wanted::Detach {
                 info!("the agent ends, PostgreSQL goes on under the guardian");
                 return End::Detached;
@@ -141,6 +144,7 @@ impl Agent {
                 // All arms are cancel-safe: they only tell that something is to be looked at.
                 _ = store_changes.changed() => {}
                 _ = fence_changes.changed() => {}
+                _ = peer_changes.changed() => {}
                 () = lease_moved(&mut lease_changes, &view.lease) => {}
                 () = self.job_ended.notified() => {}
                 _ = self.wanted.changed() => {}
@@ -193,7 +197,11 @@ impl Agent {
             self.me.system_identifier = state.system_identifier();
             self.memory.durable = state.durable().clone();
         }
-        self.memory = std::mem::take(&mut self.memory).observe(&self.me, &self.policy, &local, &store, now);
+        self.world
+            .peers
+            .introduce(Introduction { id: self.me.id.clone(), system_identifier: self.me.system_identifier });
+        let peers = self.world.peers.known();
+        self.memory = std::mem::take(&mut self.memory).observe(&self.me, &self.policy, &local, &store, &peers, now);
         View {
             now,
             me: self.me.clone(),
@@ -202,6 +210,7 @@ impl Agent {
             store,
             lease: self.world.keeper.view(),
             memory: self.memory.clone(),
+            peers,
             job: self.job.as_ref().map(RunningJob::view),
             stopping: *self.wanted.borrow() == Wanted::Stop,
         }

@@ -11,6 +11,7 @@ use super::view::Silence;
 /// Largest difference of two machines' clock rates that is covered, in parts per thousand. Crystals are within 0.2;
 /// ten leaves fifty times that.
 const RATE_ERROR_PER_MILLE: u64 = 10;
+const LOOP_PATIENCE_HEARTBEATS: u32 = 5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timings {
@@ -67,6 +68,12 @@ impl Timings {
             });
         }
         Ok(())
+    }
+
+    /// A decision loop that has not come round for so long is taken for dead: its lease is not renewed, its agent's answers
+    /// are none. Every step in the loop has a deadline below this.
+    pub fn loop_patience(&self) -> Duration {
+        (self.heartbeat * LOOP_PATIENCE_HEARTBEATS).max(Duration::from_secs(3))
     }
 
     /// D: the holder's deadline, counted from before the renewal was sent.

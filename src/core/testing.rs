@@ -222,6 +222,7 @@ impl Cluster {
                 None => LeaseView::None,
             },
             memory: self.memory(leads.is_some()),
+            peers: BTreeMap::new(),
             job: None,
             stopping: false,
         }
@@ -291,6 +292,7 @@ impl Cluster {
                 term: leader.term,
             }),
             receiver: if leader.is_some() { Receiver::Streaming } else { Receiver::None },
+            last_message: leader.map(|_| LastMessage { mark: 1, age_ms: 0 }),
             pending_restart: false,
             slots: BTreeMap::new(),
         }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::lease::Timings;
 use super::lsn::Lsn;
 use super::names::{MemberId, MemberName};
+use super::peers::Peer;
 use super::plan::{Follow, SyncRule};
 use super::records::{ClusterRecords, Durability, LeaderRecord, MemberRecord, Outcome, Tags};
 use super::time::Moment;
@@ -24,6 +25,9 @@ pub struct View {
     pub store: Store,
     pub lease: LeaseView,
     pub memory: Memory,
+    /// The other members, by their agents' own word and by how their ports behave.
+    #[serde(default)]
+    pub peers: BTreeMap<MemberName, Peer>,
     pub job: Option<Job>,
     /// The agent was told to stop (SIGTERM): hand over, then stop PostgreSQL.
     pub stopping: bool,
@@ -154,8 +158,19 @@ pub struct StandbyFacts {
     /// What the running server has for primary_conninfo, as a `Follow`; `None`: parked.
     pub follows: Option<Follow>,
     pub receiver: Receiver,
+    /// The receiver's last message from its walsender; `None`: it does not stream.
+    #[serde(default)]
+    pub last_message: Option<LastMessage>,
     pub pending_restart: bool,
     pub slots: BTreeMap<String, Option<Lsn>>,
+}
+
+/// When a walreceiver last heard something, by the wall clock of its host. Only that `mark` changes is a fact; the age is
+/// believed no further than from one look to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastMessage {
+    pub mark: u64,
+    pub age_ms: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -303,6 +318,9 @@ pub struct Memory {
     /// When that term was first seen here.
     pub term_since: Option<Moment>,
     pub silence: Option<Silence>,
+    /// Signs of life of the holder of the leader record that this member saw with its own eyes.
+    #[serde(default)]
+    pub holder: Option<HolderMemory>,
     pub releases: Option<SeenRelease>,
     /// Since when each member of the published set has not streamed, as this leader saw it.
     pub stalled: BTreeMap<MemberName, Moment>,
@@ -370,6 +388,20 @@ pub struct Silence {
     pub leader_revision: i64,
     pub seq: u64,
     pub first_seen: Moment,
+}
+
+/// What this member saw of one holder in one term.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HolderMemory {
+    pub member: MemberName,
+    pub term: Term,
+    /// Its agent answered, its PostgreSQL streamed to this member: only then do refusals mean anything.
+    pub agent_answered: bool,
+    pub postgres_answered: bool,
+    /// Mark of the last message from its walsender, and when that came.
+    pub wal: Option<(u64, Moment)>,
+    /// When this member's own PostgreSQL was last looked at.
+    pub looked_at: Option<Moment>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

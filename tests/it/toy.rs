@@ -465,6 +465,7 @@ impl Toy {
                 replay_delay_ms: None,
                 follows: follows.clone(),
                 receiver,
+                last_message: None,
                 pending_restart: false,
                 slots: all_slots(&m.me),
             }),
@@ -493,7 +494,8 @@ impl Toy {
         } else {
             Store::Unknown { why: "cut".to_owned(), since: now }
         };
-        m.memory = std::mem::take(&mut m.memory).observe(&m.me, &policy, &local, &store, now);
+        let peers = BTreeMap::new();
+        m.memory = std::mem::take(&mut m.memory).observe(&m.me, &policy, &local, &store, &peers, now);
         View {
             now,
             me: m.me.clone(),
@@ -502,6 +504,7 @@ impl Toy {
             store,
             lease: m.lease.clone(),
             memory: m.memory.clone(),
+            peers,
             job: None,
             stopping: m.stopping,
         }
