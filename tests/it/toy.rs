@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use pgvigil::core::decide::decide;
-use pgvigil::core::lease::Timings;
+use pgvigil::core::lease::{Takeover, Timings};
 use pgvigil::core::lint;
 use pgvigil::core::plan::{Follow, NOBODY, Plan, Step, SyncRule, parse_walreceiver_name};
 use pgvigil::core::records::{
@@ -52,6 +52,7 @@ pub fn policy(durability: Durability) -> Policy {
         member_publish: Duration::from_secs(3),
         reclone: true,
         rejoin_timeout: Duration::from_secs(60),
+        takeover: Takeover::default(),
     }
 }
 
