@@ -15,4 +15,5 @@ mod peers;
 mod random;
 mod review;
 mod support;
+mod takeover;
 mod toy;
