@@ -28,7 +28,7 @@ impl Memory {
     pub fn observe(mut self, me: &Me, policy: &Policy, local: &Local, store: &Store, now: Moment) -> Memory {
         self.observe_exit(&local.guard.state, policy, now);
         if let Store::Known { observed_at, records } = store {
-            self.observe_records(records, me, policy, *observed_at);
+            self.observe_records(records, me, policy, &local.postgres, *observed_at);
             self.observe_replicas(records, &local.postgres, now);
             self.observe_promotion(records, me, &local.postgres, now);
         }
@@ -56,7 +56,14 @@ impl Memory {
         self.last_exit = *start_number;
     }
 
-    fn observe_records(&mut self, records: &ClusterRecords, me: &Me, policy: &Policy, observed_at: Moment) {
+    fn observe_records(
+        &mut self,
+        records: &ClusterRecords,
+        me: &Me,
+        policy: &Policy,
+        postgres: &LocalPostgres,
+        observed_at: Moment,
+    ) {
         self.silence = Silence::observe(self.silence, records, observed_at);
         let leader = records.leader.present();
         self.releases = leader
@@ -78,7 +85,7 @@ impl Memory {
                 self.held = Some(leader.value.clone());
             }
         }
-        self.observe_election(records, me, policy, observed_at);
+        self.observe_election(records, me, policy, postgres, observed_at);
         for (name, record) in &records.members {
             let beat = record.value.beat;
             match self.beats.get(name) {
@@ -93,7 +100,14 @@ impl Memory {
     }
 
     /// Since when we coordinate, and since when enough are sealed.
-    fn observe_election(&mut self, records: &ClusterRecords, me: &Me, policy: &Policy, now: Moment) {
+    fn observe_election(
+        &mut self,
+        records: &ClusterRecords,
+        me: &Me,
+        policy: &Policy,
+        postgres: &LocalPostgres,
+        now: Moment,
+    ) {
         let Some(leader) = records.leader().filter(|l| l.holder == me.id) else {
             self.election = None;
             return;
@@ -102,13 +116,26 @@ impl Memory {
         let LeaderState::Electing { preferred, winner, .. } = &leader.state else { return };
         if winner.is_some() {
             let since = known.map(|e| e.since).unwrap_or(now);
-            self.election = Some(ElectionMemory { term: leader.term, since, enough_since: Some(since) });
+            self.election = Some(ElectionMemory { term: leader.term, since, enough_since: Some(since), copied: None });
             return;
         }
-        let enough = matches!(judge(records, leader, policy.max_lag, preferred.as_ref()), Verdict::Elected(_));
+        let verdict = judge(records, leader, policy.max_lag, preferred.as_ref());
+        let enough = matches!(verdict, Verdict::Elected(_));
         let enough_since = known.and_then(|e| e.enough_since).or(enough.then_some(now));
-        self.election =
-            Some(ElectionMemory { term: leader.term, since: known.map(|e| e.since).unwrap_or(now), enough_since });
+        let at = match &verdict {
+            Verdict::Copying(copying) if copying.by == me.id.name => postgres.standby().map(|s| s.replayed),
+            Verdict::Copying(copying) => records.members.get(&copying.by).and_then(|m| m.value.replayed),
+            Verdict::Elected(_) | Verdict::Waiting { .. } | Verdict::Impossible { .. } => None,
+        };
+        let before = known.and_then(|e| e.copied);
+        let copied = match (at, before) {
+            (Some(at), Some((before, since))) if at == before => Some((before, since)),
+            (Some(at), _) => Some((at, now)),
+            // A verdict between two seals of the same copy.
+            (None, before) => before,
+        };
+        let since = known.map(|e| e.since).unwrap_or(now);
+        self.election = Some(ElectionMemory { term: leader.term, since, enough_since, copied });
     }
 
     /// Everything that belongs to one term only.

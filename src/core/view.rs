@@ -384,6 +384,9 @@ pub struct ElectionMemory {
     pub since: Moment,
     /// When as many seals as needed were first there.
     pub enough_since: Option<Moment>,
+    /// How far a member that copies WAL from another has come, and since when.
+    #[serde(default)]
+    pub copied: Option<(Lsn, Moment)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -541,7 +541,7 @@ fn judged(seals: &[(&str, u64, &str, u32, Lsn)]) -> Verdict {
 fn winner_of(verdict: &Verdict) -> Option<String> {
     match verdict {
         Verdict::Elected(elected) => Some(elected.winner.member.name.to_string()),
-        Verdict::Waiting { .. } | Verdict::Impossible { .. } => None,
+        Verdict::Waiting { .. } | Verdict::Copying(_) | Verdict::Impossible { .. } => None,
     }
 }
 
@@ -564,6 +564,39 @@ fn the_line_of_history_decides_and_not_the_number() {
     assert_eq!(winner_of(&diverged), None, "both left the history");
     let early = judged(&[("b", 5, "b", 1, lag(100)), ("c", 5, "c", 1, lag(200))]);
     assert_eq!(winner_of(&early), Some("b".to_owned()), "both are on the way to it");
+}
+
+/// S3: nothing is copied over WAL of another history, and nobody leads before everything is copied.
+#[test]
+fn only_who_is_on_the_way_to_it_copies_from_who_must_not_lead() {
+    let copies = |c: (u32, Lsn)| {
+        let mut view = led().seen_by("b");
+        let record = leader(&mut view);
+        (record.holder, record.term) = (id("c"), Term(5));
+        let record = record.clone();
+        let r = records(&mut view);
+        r.members.values_mut().for_each(|m| m.value.replayed = None);
+        r.membership = Entry::Present(Keyed {
+            revision: 9,
+            value: Membership { term: Term(4), members: ["a", "b", "c"].map(name).into() },
+        });
+        for (n, (timeline, at)) in [("b", (1, END)), ("c", c)] {
+            let position =
+                Position { timeline: TimelineId(timeline), replayed: at, received: at, history: Default::default() };
+            let mut seal =
+                SealRecord { term: Term(5), incarnation: id(n).incarnation, position, tags: Default::default() };
+            seal.tags.nofailover = n == "b";
+            r.seals.insert(name(n), Keyed { revision: 70, value: seal });
+        }
+        judge(r, &record, 1 << 20, None)
+    };
+    match copies((1, lag(8))) {
+        Verdict::Copying(copying) => assert_eq!((copying.by, copying.from, copying.end), (name("c"), name("b"), END)),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(winner_of(&copies((1, END))), Some("c".to_owned()));
+    let other_history = copies((7, lag(8)));
+    assert!(matches!(other_history, Verdict::Impossible { .. }), "{other_history:?}");
 }
 
 #[test]

@@ -323,37 +323,74 @@ fn a_coordinator_that_dies_is_overtaken_by_those_who_sealed_for_it() {
     toy.until("another leader", 300, |t| t.leader().is_some_and(|l| l != coordinator));
 }
 
-/// One standby stays behind, the other is tagged and has everything; then the primary is gone for good.
-fn best_may_not_lead(durability: Durability) -> (Toy, MemberName) {
+/// One standby stays behind for `rounds`, the other is tagged and has everything; then the primary is gone for good.
+fn best_may_not_lead(durability: Durability, rounds: usize) -> (Toy, MemberName, MemberName) {
     let mut toy = running(durability);
     let old = toy.leader().unwrap();
     let (tagged, behind) = (others(&old).remove(0), others(&old).remove(1));
     toy.member(tagged.as_str()).me.tags.nofailover = true;
     toy.member(behind.as_str()).network = false;
-    for _ in 0..10 {
+    for _ in 0..rounds {
         toy.round();
     }
     toy.member(old.as_str()).die("power");
     toy.member(old.as_str()).agent = false;
-    (toy, behind)
+    (toy, behind, tagged)
 }
 
 /// L1: elections that cannot end must not burn terms as fast as the store answers.
 #[test]
-fn when_the_best_may_not_lead_elections_are_paced() {
-    let (mut toy, _) = best_may_not_lead(Durability::Sync);
+fn when_the_best_may_not_lead_and_cannot_be_copied_elections_are_paced() {
+    let (mut toy, ..) = best_may_not_lead(Durability::Sync, 10);
     let term = toy.records.leader().unwrap().term;
-    for _ in 0..300 {
+    for _ in 0..600 {
         toy.round();
         assert!(toy.leader().is_none(), "S2: the one behind leads");
     }
     let burnt = toy.records.leader().unwrap().term.0 - term.0;
-    assert!((1..15).contains(&burnt), "{burnt} terms in half a minute");
+    assert!((1..15).contains(&burnt), "{burnt} terms in a minute");
+}
+
+/// L1, S2: with the one that has everything there, the one that may lead takes what it lacks and leads.
+#[test]
+fn the_winner_copies_its_wal_from_who_must_not_lead() {
+    // Behind by a second, and long enough to have left the set that commits wait for.
+    for rounds in [10, 60] {
+        let (mut toy, behind, tagged) = best_may_not_lead(Durability::Sync, rounds);
+        let has = toy.members[&tagged].disk.2;
+        assert!(toy.members[&behind].disk.2 < has);
+        toy.member(behind.as_str()).network = true;
+        toy.until("the one that may", 300, |t| t.leader().as_ref() == Some(&behind));
+        let Pg::Primary { history, .. } = &toy.members[&behind].pg else { panic!("it leads") };
+        assert!(history.0.last().is_some_and(|entry| entry.switch.0 >= has), "S2: {history:?}, {has}");
+    }
+}
+
+/// The copy is cut off by the death of either: what is on disk then is no more and no less than a sealed standby's.
+#[test]
+fn a_copy_that_is_cut_off_harms_nobody() {
+    for dies_first in [false, true] {
+        let (mut toy, behind, tagged) = best_may_not_lead(Durability::Sync, 10);
+        toy.until("an election", 200, |t| {
+            t.records.leader().is_some_and(|l| matches!(l.state, LeaderState::Electing { .. }))
+        });
+        toy.until("it copies", 100, |t| t.members[&behind].last.as_ref().is_some_and(|p| p.rule == "copy"));
+        let n = if dies_first { &tagged } else { &behind };
+        toy.member(n.as_str()).die("power");
+        toy.member(n.as_str()).agent = false;
+        for _ in 0..100 {
+            toy.round();
+            assert!(toy.leader().is_none(), "S2");
+        }
+        toy.member(behind.as_str()).network = true;
+        toy.member(n.as_str()).restart_agent();
+        toy.until("the one that may", 400, |t| t.leader().as_ref() == Some(&behind));
+    }
 }
 
 /// L1: in async the one within max_lag may lead, although one that may not lead is ahead.
 #[test]
 fn in_async_the_best_that_may_lead_does() {
-    let (mut toy, behind) = best_may_not_lead(Durability::Async);
+    let (mut toy, behind, _) = best_may_not_lead(Durability::Async, 10);
     toy.until("the one that may", 300, |t| t.leader().as_ref() == Some(&behind));
 }

@@ -220,7 +220,12 @@ impl Toy {
             Pg::Primary { timeline: up, history, .. } => {
                 timeline == up || history.switch_from(TimelineId(*timeline)).is_some_and(|left| *replayed <= left.0)
             }
-            _ => false,
+            // From a standby too, as far as that has come.
+            Pg::Standby { timeline: up, history, replayed: there, .. } => {
+                let left = history.switch_from(TimelineId(*timeline)).map(|left| left.0);
+                left.or((timeline == up).then_some(*there)).is_some_and(|left| *replayed <= left)
+            }
+            Pg::Down => false,
         }
     }
 
@@ -388,8 +393,10 @@ impl Toy {
             else {
                 continue;
             };
-            if let Pg::Primary { timeline: up, history: theirs, flushed, .. } = &all[&follow.upstream.member].pg {
-                (*timeline, *history, *replayed) = (*up, theirs.clone(), *flushed);
+            if let Pg::Primary { timeline: up, history: theirs, flushed: at, .. }
+            | Pg::Standby { timeline: up, history: theirs, replayed: at, .. } = &all[&follow.upstream.member].pg
+            {
+                (*timeline, *history, *replayed) = (*up, theirs.clone(), *at);
             }
         }
         for m in self.members.values_mut() {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::sealing::seal;
-use super::{Facts, seconds};
+use super::{Facts, copying, seconds};
 use crate::core::election::{Elected, Verdict, judge, list};
 use crate::core::names::{MemberId, MemberName};
 use crate::core::plan::{Plan, PromoteOrder, Step, SyncRule, parse_walreceiver_name};
@@ -58,6 +58,20 @@ fn collect(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, preferred: Option<&Mem
         return seal(facts, term, mine.revision, &format!("electing for term {term}")).wake_at(give_up);
     }
     match judge(facts.records, &mine.value, view.policy.max_lag, preferred) {
+        Verdict::Copying(copying) => {
+            let what = copying::sentence(&copying);
+            let moved =
+                view.memory.election.filter(|e| e.term == term).and_then(|e| e.copied).map_or(began, |(_, at)| at);
+            let patience = moved.plus(view.policy.election_give_up + view.policy.member_publish * 2);
+            if view.now.all_reached(patience) {
+                return release(facts, mine, format!("{what}, but nothing has come for a while"));
+            }
+            let plan = match copying.by == facts.me().name {
+                true => copying::copy(facts, term, mine.revision, &copying),
+                false => Plan::new("election.copying", what),
+            };
+            plan.rejecting(copying.rejected).wake_at(patience)
+        }
         Verdict::Impossible { why } if !view.now.all_reached(give_up) => {
             Plan::new("election.impossible", why).wake_at(give_up)
         }

@@ -1,6 +1,7 @@
 //! One situation per file; `decide.rs` holds their order. A rule answers `None` when it has nothing to say.
 
 pub mod bootstrap;
+pub mod copying;
 pub mod duties;
 pub mod electing;
 pub mod follow;

@@ -168,7 +168,7 @@ fn may_stand(facts: &Facts<'_>, claim: &SyncClaim) -> Result<(), String> {
         return if member { Ok(()) } else { Err("this member is not in the membership yet".to_owned()) };
     }
     let electorate = claim.electorate();
-    if !electorate.contains(facts.me()) {
+    if !electorate.contains(facts.me()) && !stands_in(facts, claim) {
         return Err(if claim.k == 0 {
             format!(
                 "commits were acknowledged from the disk of {} alone: only it may lead again without a person",
@@ -198,4 +198,16 @@ fn may_stand(facts: &Facts<'_>, claim: &SyncClaim) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// Whoever has every acknowledged commit is there and must not lead: this member may elect, and copies from them first.
+fn stands_in(facts: &Facts<'_>, claim: &SyncClaim) -> bool {
+    let there: Vec<_> = claim
+        .electorate()
+        .into_iter()
+        .filter(|id| facts.is_there(&id.name))
+        .filter_map(|id| facts.records.members.get(&id.name).filter(|m| m.value.incarnation == id.incarnation))
+        .collect();
+    let member = facts.records.membership.value().is_some_and(|m| m.members.contains(&facts.me().name));
+    member && there.len() >= claim.seals_needed() && there.iter().all(|m| !m.value.tags.may_lead())
 }
