@@ -299,7 +299,12 @@ fn a_last_look_at_a_dying_primary_does_not_hide_its_standbys() {
         toy.member(n.as_str()).network = true;
     }
     toy.member(old.as_str()).die("signal 9");
-    toy.until("another leader", 25, |t| t.leader().is_some_and(|l| l != old));
+    let mut in_place = false;
+    toy.until("another leader", 25, |t| {
+        in_place |= t.members[&old].last.as_ref().is_some_and(|plan| plan.rule == "leader.restart_in_place");
+        t.leader().is_some_and(|l| l != old)
+    });
+    assert!(!in_place, "it did not see that a standby could take over at once");
 }
 
 /// L1: who had sealed waited for a coordinator that was dead.
