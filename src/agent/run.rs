@@ -16,7 +16,7 @@ use super::jobs::{Context, RunningJob};
 use super::status::{Counters, Decision, Status};
 use crate::core::decide::decide;
 use crate::core::plan::{Plan, Step};
-use crate::core::records::{Key, LeaderState, Operation, Request, Transaction, Write};
+use crate::core::records::{Force, Key, LeaderState, Operation, Request, Transaction, Write};
 use crate::core::view::{GuardState, JobKind, LeaseView, Local, LocalPostgres, Me, Memory, Policy, Store, View};
 use crate::core::{Moment, lint};
 use crate::ports::DcsError;
@@ -36,6 +36,7 @@ pub struct Asked {
     pub what: Operation,
     pub asked_by: String,
     pub timeout: Duration,
+    pub force: Option<Force>,
     pub answer: tokio::sync::oneshot::Sender<Result<Taken, NotTaken>>,
 }
 
@@ -156,10 +157,11 @@ impl Agent {
         self.world.keeper.loop_is_alive(self.world.clock.now());
         self.take_job_result();
         let guard = self.attached_guard().await;
-        let (store, postgres, data) = tokio::join!(
+        let (store, postgres, data, kept) = tokio::join!(
             self.world.dcs.read(STORE_DEADLINE),
             self.world.postgres.observe(&guard, SQL_DEADLINE),
             self.world.postgres.data_directory(),
+            self.world.postgres.kept(),
         );
         let now = self.world.clock.now();
         self.world.keeper.loop_is_alive(now);
@@ -179,7 +181,7 @@ impl Agent {
         }
         self.world.keeper.flushed(postgres.primary().map(|p| p.flushed));
         let postgres_is_standby = postgres.standby().is_some();
-        let local = Local { observed_at: now, data, postgres, guard };
+        let local = Local { observed_at: now, data, postgres, guard, kept };
         // Not while a job may be about to stop it: a rewind has set the mark and not begun yet.
         if postgres_is_standby
             && self.job.is_none()
@@ -402,6 +404,7 @@ impl Agent {
             timeout_ms: asked.timeout.as_millis() as u64,
             began,
             outcome: None,
+            force: asked.force.clone(),
         };
         let transaction = Transaction::when(Key::Request(asked.id.clone()), 0).put(Write::Request(request));
         match self.world.dcs.commit(&transaction, STORE_DEADLINE).await {

@@ -161,14 +161,17 @@ fn judge_sync(
         .collect();
     let missing: BTreeSet<MemberName> =
         electorate.iter().filter(|id| !sealed.contains(id)).map(|id| id.name.clone()).collect();
+    if sealed.len() < need && records.forced().is_some() {
+        return forced(records, leader, seals, preferred);
+    }
     if sealed.len() < need {
+        let by = match claim.k {
+            0 => format!("{} alone", claim.primary.name),
+            k => format!("{} with {k} of {}", claim.primary.name, list(claim.members.iter().map(|m| &m.name))),
+        };
         let mut why = format!(
-            "{} of {} needed seals: commits may have been acknowledged by {} with {} of {}; waiting for {}",
+            "{} of {need} needed seals: commits may have been acknowledged by {by}; waiting for {}",
             sealed.len(),
-            need,
-            claim.primary.name,
-            claim.k,
-            list(claim.members.iter().map(|m| &m.name)),
             list(missing.iter()),
         );
         for name in &missing {
@@ -184,6 +187,23 @@ fn judge_sync(
     let candidates = sealed.iter().map(|id| (*id).clone()).collect();
     let outstanding = missing.iter().filter(|name| Some(*name) == preferred).cloned().collect();
     choose(records, leader, seals, candidates, preferred, outstanding, BTreeMap::new())
+}
+
+/// A person goes past the claim: the best of all who can be sealed, whatever is lost.
+fn forced(
+    records: &ClusterRecords,
+    leader: &LeaderRecord,
+    seals: &BTreeMap<&MemberName, &Keyed<SealRecord>>,
+    preferred: Option<&MemberName>,
+) -> Verdict {
+    let members = records.membership.value().map(|m| m.members.clone()).unwrap_or_default();
+    let candidates = seals
+        .iter()
+        .filter(|(name, _)| members.contains(**name))
+        .map(|(name, seal)| MemberId { name: (*name).clone(), incarnation: seal.value.incarnation })
+        .collect();
+    let missing = members.iter().filter(|name| !seals.contains_key(name)).cloned().collect();
+    choose(records, leader, seals, candidates, preferred, missing, BTreeMap::new())
 }
 
 /// A final position behind the one that the same incarnation published itself: its disk is one of the past (a snapshot
@@ -217,7 +237,7 @@ fn judge_async(
             continue;
         }
         let behind = published.map(|lsn| seal.value.position.replayed.bytes_to(lsn)).unwrap_or(0);
-        if behind > max_lag {
+        if behind > max_lag && records.forced().is_none() {
             rejected.insert((*name).clone(), format!("{behind} bytes behind, election.max_lag is {max_lag}"));
             continue;
         }

@@ -27,6 +27,7 @@ impl Memory {
     /// Takes in what this round observed.
     pub fn observe(mut self, me: &Me, policy: &Policy, local: &Local, store: &Store, now: Moment) -> Memory {
         self.observe_exit(&local.guard.state, policy, now);
+        self.witness &= local.postgres != LocalPostgres::Down;
         if let Store::Known { observed_at, records } = store {
             self.observe_records(records, me, policy, &local.postgres, *observed_at);
             self.observe_replicas(records, &local.postgres, now);
@@ -64,7 +65,10 @@ impl Memory {
         postgres: &LocalPostgres,
         observed_at: Moment,
     ) {
+        let silent = self.silence;
         self.silence = Silence::observe(self.silence, records, observed_at);
+        // Somebody leads or elects just now, and PostgreSQL runs here: what it has is not older than the cluster's end.
+        self.witness |= silent.is_some() && silent != self.silence && *postgres != LocalPostgres::Down;
         let leader = records.leader.present();
         self.releases = leader
             .filter(|l| matches!(l.value.state, LeaderState::Released { .. } | LeaderState::Fenced { .. }))
@@ -90,12 +94,16 @@ impl Memory {
             let beat = record.value.beat;
             match self.beats.get(name) {
                 Some((known, _)) if *known == beat => {}
-                _ => {
+                known => {
+                    if known.is_some() {
+                        self.spoke.insert(name.clone(), observed_at);
+                    }
                     self.beats.insert(name.clone(), (beat, observed_at));
                 }
             }
         }
         self.beats.retain(|name, _| records.members.contains_key(name));
+        self.spoke.retain(|name, _| records.members.contains_key(name));
         self.observe_requests(records, me, observed_at);
     }
 

@@ -55,6 +55,7 @@ pub fn policy() -> Policy {
         member_publish: secs(3),
         rejoin_timeout: Duration::from_secs(60),
         reclone: true,
+        cold_start_wait: secs(60),
     }
 }
 
@@ -171,6 +172,8 @@ impl Cluster {
             rule: "follower".to_owned(),
             reason: "follows the leader".to_owned(),
             beat: 7,
+            witness: true,
+            kept: Vec::new(),
         };
         self.records.members.insert(id.name, Keyed { revision: 90, value: record });
         self
@@ -215,6 +218,7 @@ impl Cluster {
                 },
                 postgres,
                 guard: Guard { state, real_time: true, control_group: true, death_covered: true },
+                kept: Vec::new(),
             },
             store: Store::Known { observed_at: self.now, records: Box::new(self.records.clone()) },
             lease: match leads {
@@ -239,6 +243,8 @@ impl Cluster {
             },
             silence: Silence::observe(None, &self.records, self.now),
             beats: self.records.members.iter().map(|(n, m)| (n.clone(), (m.value.beat, self.now))).collect(),
+            spoke: self.records.members.keys().map(|n| (n.clone(), self.now)).collect(),
+            witness: true,
             enforced: if leads { self.enforced.clone() } else { None },
             ..Memory::default()
         }

@@ -35,6 +35,7 @@ pub fn ask(toy: &mut Toy, what: Operation) {
         timeout_ms: 60_000,
         began,
         outcome: None,
+        force: None,
     };
     toy.records.revision += 1;
     toy.records.requests.insert("r1".to_owned(), Keyed { revision: toy.records.revision, value: request });

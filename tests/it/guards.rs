@@ -157,7 +157,7 @@ fn an_older_store_elects_nobody() {
 #[test]
 fn an_election_that_cannot_end_well_is_not_begun() {
     let mut view = silent(secs(9));
-    view.memory.beats.retain(|n, _| *n == name("b"));
+    view.memory.spoke.retain(|n, _| *n == name("b"));
     let plan = decide(&view);
     assert_eq!(plan.rule, "takeover.wait");
     assert!(plan.reason.contains("waiting for a and c"), "{}", plan.reason);

@@ -131,6 +131,7 @@ fn ask(toy: &mut Toy, round: usize, what: Operation) {
         timeout_ms: 60_000,
         began: None,
         outcome: None,
+        force: None,
     };
     toy.records.revision += 1;
     let revision = toy.records.revision;

@@ -399,3 +399,163 @@ fn in_async_the_best_that_may_lead_does() {
     let (mut toy, behind, _) = best_may_not_lead(Durability::Async, 10);
     toy.until("the one that may", 300, |t| t.leader().as_ref() == Some(&behind));
 }
+
+/// Everything is off; who comes back is told.
+fn all_off(durability: Durability) -> (Toy, MemberName) {
+    let mut toy = running(durability);
+    let old = toy.leader().unwrap();
+    for m in toy.members.values_mut() {
+        m.die("power");
+        m.agent = false;
+    }
+    toy.round();
+    (toy, old)
+}
+
+fn reason(toy: &Toy, n: &MemberName) -> String {
+    toy.members[n].last.as_ref().map(|plan| plan.reason.clone()).unwrap_or_default()
+}
+
+/// S2, async: after a power cut of all the last primary may have commits that nobody else has; who comes back without it
+/// waits for it, by name, and nobody but a person goes on without it.
+#[test]
+fn an_async_cold_start_waits_for_the_last_primary_and_then_for_a_person() {
+    let (mut toy, old) = all_off(Durability::Async);
+    let back = others(&old);
+    for n in &back {
+        toy.member(n.as_str()).restart_agent();
+    }
+    for _ in 0..1_000 {
+        toy.round();
+        assert!(toy.leader().is_none(), "S2: a standby leads after a cold start");
+    }
+    for n in &back {
+        let why = reason(&toy, n);
+        assert!(why.contains(old.as_str()) && why.contains("--force") && why.contains("bytes behind"), "{why}");
+    }
+    // A failover without the word `force` changes nothing; with it the loss is a person's.
+    force(&mut toy, None, &[]);
+    toy.until("a leader", 200, |t| t.leader().is_some());
+}
+
+/// The last primary comes back in time: nothing is lost, and nobody waits for W.
+#[test]
+fn an_async_cold_start_ends_with_the_last_primary_back() {
+    let (mut toy, old) = all_off(Durability::Async);
+    for n in others(&old) {
+        toy.member(n.as_str()).restart_agent();
+    }
+    for _ in 0..200 {
+        toy.round();
+    }
+    toy.member(old.as_str()).restart_agent();
+    toy.until("the last primary", 40, |t| t.leader().as_ref() == Some(&old));
+}
+
+/// An async failover is none: who lives has run since before the leader's last sign of life.
+#[test]
+fn an_async_failover_is_no_cold_start() {
+    let mut toy = running(Durability::Async);
+    let old = toy.leader().unwrap();
+    toy.member(old.as_str()).die("power");
+    toy.member(old.as_str()).agent = false;
+    toy.until("another leader", 110, |t| t.leader().is_some_and(|l| l != old));
+}
+
+/// L6: whom a cold start waits for is named within two seconds, and it goes on when enough are back.
+#[test]
+fn a_cold_start_names_whom_it_waits_for_within_two_seconds() {
+    for first in ["a", "b", "c"] {
+        let (mut toy, old) = all_off(Durability::Sync);
+        for _ in 0..100 {
+            toy.round();
+        }
+        toy.member(first).restart_agent();
+        for _ in 0..20 {
+            toy.round();
+        }
+        let missing: Vec<MemberName> = ["a", "b", "c"].into_iter().filter(|n| *n != first).map(name).collect();
+        let mut named = false;
+        // The last leader itself tries at once; the others say it while they wait for W.
+        for _ in 0..100 {
+            let why = reason(&toy, &name(first));
+            named |= missing.iter().all(|n| why.contains(n.as_str()));
+            assert!(named || old.as_str() == first, "{why}");
+            toy.round();
+        }
+        assert!(named, "{}", reason(&toy, &name(first)));
+        assert!(toy.leader().is_none());
+        toy.member(missing[0].as_str()).restart_agent();
+        toy.until("two of three are enough", 300, |t| t.leader().is_some());
+    }
+}
+
+/// Who led last comes back with one other: its own term is over the moment it says so, and nobody waits for W.
+#[test]
+fn the_last_leader_back_with_another_does_not_wait_for_w() {
+    let (mut toy, old) = all_off(Durability::Sync);
+    toy.member(old.as_str()).restart_agent();
+    toy.member(others(&old)[0].as_str()).restart_agent();
+    toy.until("a leader", 50, |t| t.leader().is_some());
+}
+
+fn force(toy: &mut Toy, to: Option<&MemberName>, off: &[&MemberName]) {
+    ask(toy, Operation::Failover { to: to.cloned() });
+    let last_term = toy.records.leader().unwrap().last.as_ref().unwrap().term;
+    let request = &mut toy.records.requests.get_mut("r1").unwrap().value;
+    let off = off.iter().map(|n| (*n).clone()).collect();
+    request.force = Some(pgvigil::core::records::Force { last_term, off });
+}
+
+/// A person goes past the claim: the best of who is there leads, and only in this vacancy.
+#[test]
+fn a_person_forces_past_the_claim_once() {
+    let (mut toy, old) = all_off(Durability::Sync);
+    let last = others(&old).remove(1);
+    toy.member(last.as_str()).restart_agent();
+    for _ in 0..200 {
+        toy.round();
+        assert!(toy.leader().is_none());
+    }
+    // What was acknowledged elsewhere is given up by his word.
+    toy.acknowledged.clear();
+    force(&mut toy, None, &[]);
+    toy.until("the one that is there", 100, |t| t.leader().as_ref() == Some(&last));
+    let claim = toy.records.sync.value().unwrap();
+    assert_eq!((claim.k, claim.primary.name.clone()), (0, last.clone()));
+    toy.until("an answer", 50, |t| t.records.requests["r1"].value.outcome.is_some());
+
+    // The same words again, said of the vacancy before: they count for nothing now.
+    let stale = toy.records.requests["r1"].value.clone();
+    let m = toy.member(last.as_str());
+    m.die("power");
+    m.agent = false;
+    toy.member(old.as_str()).restart_agent();
+    let mut stale = stale;
+    stale.outcome = None;
+    toy.records.revision += 1;
+    toy.records.requests.insert("r1".to_owned(), Keyed { revision: toy.records.revision, value: stale });
+    for _ in 0..300 {
+        toy.round();
+        assert!(toy.leader().is_none(), "S2: a word for one vacancy was taken for another");
+    }
+}
+
+/// The typed name of a host that is off spares W; who renews is never overtaken by it.
+#[test]
+fn the_name_of_a_host_that_is_off_spares_w() {
+    let mut toy = running(Durability::Sync);
+    let old = toy.leader().unwrap();
+    let b = others(&old).remove(0);
+    for _ in 0..30 {
+        force(&mut toy, None, &[&old]);
+        let view = toy.view(&b);
+        assert_eq!(decide(&view).rule, "follow", "it renews: it is not off");
+        toy.records.requests.clear();
+        toy.round();
+    }
+    toy.member(old.as_str()).die("power");
+    toy.member(old.as_str()).agent = false;
+    force(&mut toy, None, &[&old]);
+    toy.until("another leader", 50, |t| t.leader().is_some_and(|l| l != old));
+}

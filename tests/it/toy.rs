@@ -51,6 +51,7 @@ pub fn policy(durability: Durability) -> Policy {
         stop_timeout: Duration::from_secs(30),
         member_publish: Duration::from_secs(3),
         reclone: true,
+        cold_start_wait: Duration::from_secs(60),
         rejoin_timeout: Duration::from_secs(60),
     }
 }
@@ -494,6 +495,7 @@ impl Toy {
             data: m.data.clone(),
             postgres,
             guard: Guard { state: guard, real_time: true, control_group: true, death_covered: false },
+            kept: Vec::new(),
         };
         let store = if m.store {
             Store::Known { observed_at: now, records: Box::new(records) }

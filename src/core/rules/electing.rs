@@ -47,7 +47,10 @@ fn collect(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, preferred: Option<&Mem
     let give_up = began.plus(view.policy.election_give_up);
     let recovering = recovering(facts);
     // A member that cannot be sealed now (it recovers) need not hold up the others, if they are enough.
-    let cannot_seal = !matches!(view.local.postgres, LocalPostgres::Standby(_));
+    // But for the last primary in async: it alone may have commits that nobody else has.
+    let claim = facts.records.sync.value();
+    let alone = claim.is_some_and(|claim| claim.mode == Durability::Async && claim.primary == *facts.me());
+    let cannot_seal = !matches!(view.local.postgres, LocalPostgres::Standby(_)) && !alone;
     let others_suffice =
         cannot_seal && matches!(judge(facts.records, &mine.value, view.policy.max_lag, preferred), Verdict::Elected(_));
     if !own_seal && !others_suffice {
@@ -98,7 +101,12 @@ fn collect(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, preferred: Option<&Mem
                 .filter(|e| e.term == term)
                 .and_then(|e| e.enough_since)
                 .unwrap_or(view.now)
-                .plus(view.policy.election_wait);
+                // What is forced loses whatever nobody there has: everybody there gets the time to say what that is.
+                .plus(if facts.records.forced().is_some() {
+                    view.policy.election_give_up
+                } else {
+                    view.policy.election_wait
+                });
             if !outstanding.is_empty() && !view.now.all_reached(wait) {
                 return Plan::new(
                     "election.outstanding",
@@ -317,7 +325,7 @@ fn publish(
         leader: facts.me().name.clone(),
         timeline: winner.timeline,
         switch: Some(winner.switch),
-        reason: describe_change(&mine.value),
+        reason: describe_change(&mine.value, facts.records.forced().is_some()),
         at_unix_ms: 0,
         phases_ms: view.memory.phases.clone(),
     };
@@ -333,8 +341,9 @@ fn publish(
     )
 }
 
-fn describe_change(record: &LeaderRecord) -> String {
+fn describe_change(record: &LeaderRecord, forced: bool) -> String {
     match &record.last {
+        Some(last) if forced => format!("after {} (term {}), forced by a person", last.member.name, last.term),
         None => "cluster created".to_owned(),
         Some(last) => format!("after {} (term {})", last.member.name, last.term),
     }

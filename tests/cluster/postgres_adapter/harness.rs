@@ -128,6 +128,7 @@ impl Cluster {
                 member_publish: ms(3000),
                 rejoin_timeout: Duration::from_secs(60),
                 reclone: true,
+                cold_start_wait: Duration::from_secs(60),
             },
             tags: Tags::default(),
             api: ApiConfig {
