@@ -395,7 +395,10 @@ impl Agent {
         if let Some(known) = records.requests.get(&asked.id) {
             return if known.value.what == asked.what { Ok(Taken::Known) } else { Err(NotTaken::IdInUse) };
         }
-        let began = asked.what.begun_when_asked(records.leader());
+        // A leader that is missed is as good as none: whoever comes after it has fulfilled the request.
+        let silent = view.memory.silence.map(|silence| view.now.since(silence.first_seen)).unwrap_or_default();
+        let missed = silent >= self.policy.timings.heartbeat * 2;
+        let began = asked.what.begun_when_asked(records.leader(), missed || asked.force.is_some());
         let request = Request {
             id: asked.id.clone(),
             what: asked.what.clone(),

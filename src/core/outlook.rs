@@ -153,7 +153,10 @@ fn gone(facts: &Facts<'_>) -> Option<MemberName> {
 
 /// Where the member would be sealed, as far as it is known; or why not.
 fn position(facts: &Facts<'_>, name: &MemberName, record: &MemberRecord) -> Result<Position, String> {
-    if !facts.speaks(name) {
+    // Shorter than what keeps an election from beginning: a forecast may doubt sooner.
+    let patience = facts.view.policy.member_publish * 2;
+    let spoke = facts.view.memory.spoke.get(name).is_some_and(|spoke| facts.now().since(*spoke) < patience);
+    if *name != facts.me().name && !spoke {
         return Err("has not been heard of lately".to_owned());
     }
     if !matches!(record.data, DataSummary::Present { .. }) {

@@ -306,11 +306,14 @@ pub enum Operation {
 
 impl Operation {
     /// What a request begins with: asked for while nobody leads, a change of leader is fulfilled by any later leader.
-    /// Nothing else is: a restart that ends a crash loop still has to be done.
-    pub fn begun_when_asked(&self, leader: Option<&LeaderRecord>) -> Option<Term> {
+    /// Nothing else is: a restart that ends a crash loop still has to be done. `missed`: the holder shows no sign of life.
+    pub fn begun_when_asked(&self, leader: Option<&LeaderRecord>, missed: bool) -> Option<Term> {
         match self {
             Operation::Switchover { .. } | Operation::Failover { .. } => {
-                leader.filter(|l| l.state != LeaderState::Held).map(|l| l.term)
+                let leader = leader.filter(|l| missed || l.state != LeaderState::Held)?;
+                // The one who is being elected has fulfilled it, under this very term.
+                let elected = matches!(leader.state, LeaderState::Electing { .. });
+                Some(Term(leader.term.0.saturating_sub(u64::from(elected))))
             }
             Operation::Restart { .. } | Operation::Reinit { .. } => None,
         }

@@ -26,7 +26,7 @@ pub fn two_standbys(t: &Toy) -> bool {
 }
 
 pub fn ask(toy: &mut Toy, what: Operation) {
-    let began = what.begun_when_asked(toy.records.leader());
+    let began = what.begun_when_asked(toy.records.leader(), toy.leader().is_none());
     let request = Request {
         id: "r1".to_owned(),
         what,

@@ -559,3 +559,21 @@ fn the_name_of_a_host_that_is_off_spares_w() {
     force(&mut toy, None, &[&old]);
     toy.until("another leader", 50, |t| t.leader().is_some_and(|l| l != old));
 }
+
+/// A failover that is asked for in the middle of an election is fulfilled by who comes out of it; it was taken for a
+/// switchover away from the new leader.
+#[test]
+fn a_failover_asked_for_during_an_election_is_over_with_it() {
+    let mut toy = running(Durability::Sync);
+    let old = toy.leader().unwrap();
+    toy.member(old.as_str()).die("power");
+    toy.member(old.as_str()).agent = false;
+    toy.until("an election", 200, |t| {
+        t.records.leader().is_some_and(|l| matches!(l.state, LeaderState::Electing { .. }))
+    });
+    ask(&mut toy, Operation::Failover { to: None });
+    toy.until("an answer", 100, |t| t.records.requests["r1"].value.outcome.is_some());
+    let outcome = toy.records.requests["r1"].value.outcome.clone();
+    assert!(matches!(outcome, Some(Outcome::Done { .. })), "{outcome:?}");
+    assert_eq!(toy.writers.len(), 2, "one change of leader");
+}
