@@ -7,6 +7,7 @@
 
 pub mod decide;
 pub mod election;
+pub mod endpoint;
 pub mod health;
 pub mod lease;
 pub mod lint;
@@ -16,6 +17,7 @@ pub mod names;
 pub mod plan;
 pub mod publish;
 pub mod records;
+pub mod route;
 pub mod rules;
 pub mod sync_set;
 #[doc(hidden)]
