@@ -14,8 +14,9 @@ use tokio::net::{TcpStream, UnixStream};
 const KEEPALIVE_IDLE: u32 = 10;
 const KEEPALIVE_INTERVAL: u32 = 5;
 const KEEPALIVE_COUNT: u32 = 3;
-/// The same when bytes are under way that nobody acknowledges.
-const USER_TIMEOUT: Duration = Duration::from_secs(25);
+/// The same when bytes are under way that nobody acknowledges, where keepalive is silent. It also ends a client that lives
+/// and takes nothing for so long while something waits for it, so it is not as short; without it that takes 15 minutes.
+const USER_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Something on top of a socket: TLS.
 pub trait Layer: AsyncRead + AsyncWrite + Unpin + Send + Sync {

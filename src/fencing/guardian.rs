@@ -616,3 +616,30 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic while it was held left whole values: every critical section is one assignment.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_gates_word_is_for_good_once_it_is_shut() {
+        let (page, file) = Page::create(7).unwrap();
+        let agent =
+            AgentPage { page: Page::open(&file, 7).unwrap(), file, last: Mutex::new(None), gate: Mutex::new(None) };
+        let at = Moment::at;
+        agent.hold_from(Term(4), at(100));
+        agent.hold_from(Term(4), at(90));
+        assert_eq!(page.gate(), Some(GateWord::HoldFrom { term: 4, at: to_clocks(at(100)) }), "it only grows");
+        agent.shut(Term(4));
+        agent.hold_from(Term(4), at(200));
+        assert_eq!(page.gate(), Some(GateWord::Shut { term: 4 }), "a renewal on its way opens nothing");
+        agent.hold_from(Term(5), at(300));
+        agent.shut(Term(4));
+        agent.hold_from(Term(4), at(400));
+        assert_eq!(
+            page.gate(),
+            Some(GateWord::HoldFrom { term: 5, at: to_clocks(at(300)) }),
+            "late words of an older term"
+        );
+    }
+}

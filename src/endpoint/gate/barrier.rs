@@ -147,9 +147,7 @@ impl Session {
                 .password(login.password.expose())
                 .dbname("postgres")
                 .application_name("pgvigil barrier")
-                .options(
-                    "-c synchronous_commit=on -c client_min_messages=notice -c statement_timeout=0 -c lc_messages=C",
-                );
+                .options("-c synchronous_commit=on -c client_min_messages=notice -c statement_timeout=0");
             config.connect_raw(socket, NoTls).await.map_err(|error| sentence(&error))
         };
         let (client, mut connection) =

@@ -246,12 +246,7 @@ impl Relay {
 
     fn walk_down(&mut self, chunk: &[u8]) -> Result<(), End> {
         // Before the walk: whatever a cancel did to an answer in this chunk, it was begun before the chunk was read.
-        let cancels = self.target.cancels();
-        if cancels != self.cancels_seen {
-            self.tracker.cancel_passed();
-            // One that is still under way counts again the next time.
-            self.cancels_seen = if self.target.cancel_under_way() { self.cancels_seen } else { cancels };
-        }
+        self.look_for_cancels();
         self.down
             .walk(chunk, &mut FromServer(&mut self.tracker))
             .map_err(|error| End::ServerViolation(error.to_string()))?;
@@ -262,6 +257,15 @@ impl Relay {
             self.released = self.tracker.released(&self.down);
         }
         Ok(())
+    }
+
+    fn look_for_cancels(&mut self) {
+        let cancels = self.target.cancels();
+        if cancels != self.cancels_seen {
+            self.tracker.cancel_passed();
+            // One that is still under way counts again the next time.
+            self.cancels_seen = if self.target.cancel_under_way() { self.cancels_seen } else { cancels };
+        }
     }
 
     fn poll_barrier(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
@@ -353,6 +357,8 @@ impl Relay {
     }
 
     fn walk_up(&mut self, chunk: &[u8]) -> Result<(), End> {
+        // Before the walk: one that has ended by now cannot hit what is only sent on from here.
+        self.look_for_cancels();
         self.up
             .walk(chunk, &mut FromClient(&mut self.tracker))
             .map_err(|error| End::ClientViolation(error.to_string()))?;

@@ -1,5 +1,6 @@
 //! Clients through endpoints of real clusters.
 
+mod changes;
 mod clients;
 
 use std::path::PathBuf;
@@ -32,6 +33,17 @@ async fn playing(options: Options) -> (Cluster, usize) {
 
 async fn through(cluster: &Cluster, member: usize) -> Session {
     sql::connect(cluster.members[member].endpoint_port, &Login::app(), PATIENCE).await.unwrap()
+}
+
+/// The process of this member's endpoint.
+fn endpoint_pid(cluster: &Cluster, member: usize) -> i32 {
+    let socket = cluster.members[member].directory.join("state/endpoint.sock");
+    let named = |pid: &i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut arguments = line.split(|byte| *byte == 0);
+        arguments.nth(1) == Some(b"endpoint") && arguments.any(|a| a == socket.as_os_str().as_encoded_bytes())
+    };
+    cluster.members[member].processes().into_iter().find(named).expect("an endpoint runs")
 }
 
 /// `psql` through an endpoint's port.

@@ -154,6 +154,9 @@ async fn sessions_that_name_the_setting_are_counted_while_they_live() {
     client.send(&query("SET Synchronous_Commit = off")).await;
     backend.message().await;
     assert_eq!(endpoint.counters.report().setting_named, 1);
+    backend.send(&[complete("SET"), ready(b'I')].concat()).await;
+    client.message().await;
+    client.message().await;
     drop((client, backend));
     let begun = std::time::Instant::now();
     while endpoint.counters.report().setting_named > 0 {

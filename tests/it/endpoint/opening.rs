@@ -322,6 +322,9 @@ async fn readers_go_to_the_standby_that_is_near_enough() {
 #[tokio::test]
 async fn sessions_go_through_the_front_of_another_host() {
     let gate = Endpoint::start();
+    let barrier = ByHand::new();
+    barrier.returns(Ok(()));
+    gate.barrier(Arc::new(barrier));
     gate.leads();
     let front = Endpoint::with(|settings| {
         settings.member = Some(name("node-b"));
