@@ -22,7 +22,7 @@ pub mod sql;
 pub mod workload;
 pub mod writer;
 
-pub use cluster::{Cluster, Look, Options};
+pub use cluster::{Cluster, Look, Options, is_healthy};
 pub use disk::Disk;
 pub use error::DemoError;
 pub use host::Host;
