@@ -27,12 +27,16 @@ pub struct Play<'a> {
     pub met: Vec<(String, Duration)>,
     kept: Vec<Session>,
     background: tokio::task::JoinSet<()>,
+    /// Killed when dropped.
+    spawned: Vec<tokio::process::Child>,
+    flood: Vec<tokio::net::TcpStream>,
 }
 
 impl<'a> Play<'a> {
     pub fn new(stage: &'a mut Stage, workload: &'a Workload, cast: Cast, before: Before) -> Play<'a> {
         let (kept, background) = (Vec::new(), tokio::task::JoinSet::new());
-        Play { stage, workload, cast, before, fault: None, met: Vec::new(), kept, background }
+        let (spawned, flood) = (Vec::new(), Vec::new());
+        Play { stage, workload, cast, before, fault: None, met: Vec::new(), kept, background, spawned, flood }
     }
 
     /// The error says which step could not be done, or what did not come.
@@ -143,6 +147,51 @@ impl<'a> Play<'a> {
             Step::EtcdSave => self.stage.store_save().await,
             Step::EtcdRestore => self.stage.store_restore().await,
             Step::EtcdCompact => self.stage.store_compact().await,
+            Step::EtcdFull => self.stage.store_alarm(true).await,
+            Step::EtcdRoom => self.stage.store_alarm(false).await,
+            Step::EtcdReplace => self.stage.store_replace().await,
+            Step::Flood { who, port, count } => self.flood(who, *port, *count).await,
+            Step::Spawn { who, command } => {
+                for member in self.members(who).await? {
+                    let child = self.stage.command(member, command).spawn().map_err(|error| error.to_string())?;
+                    self.spawned.push(child);
+                }
+                Ok(())
+            }
+            Step::Shell { who, command, fails } => {
+                for member in self.members(who).await? {
+                    self.stage.shell(member, command, fails.as_deref()).await?;
+                }
+                Ok(())
+            }
+            Step::Save(who) => {
+                for member in self.members(who).await? {
+                    self.stage.shell(member, "rm -rf saved && mkdir saved && cp -a pg/data saved/ && cp -a state saved/", None).await?;
+                }
+                Ok(())
+            }
+            Step::Restore(who) => {
+                for member in self.members(who).await? {
+                    // The same directories with the old content, as a snapshot of the disk brings them.
+                    let back = "mkdir -p pg/data && find pg/data state -mindepth 1 -delete && cp -a saved/data/. pg/data/ && \
+                                cp -a saved/state/. state/ && chown --reference=saved/data pg/data && chmod 700 pg/data";
+                    self.stage.shell(member, back, None).await?;
+                }
+                Ok(())
+            }
+            Step::Unmount(who) => {
+                for member in self.members(who).await? {
+                    let mounted = self.stage.disks[member].mounted.display().to_string();
+                    hosts::run("umount", &[&mounted], "")?;
+                }
+                Ok(())
+            }
+            Step::Mount(who) => {
+                for member in self.members(who).await? {
+                    self.stage.mount(member)?;
+                }
+                Ok(())
+            }
             Step::Wait { .. } | Step::Hold { .. } | Step::Repeat { .. } => Ok(()),
         }
     }
@@ -358,6 +407,22 @@ impl<'a> Play<'a> {
         Ok(())
     }
 
+    async fn flood(&mut self, who: &str, port: Port, count: usize) -> Result<(), String> {
+        for member in self.members(who).await? {
+            let member = &self.stage.cluster.members[member];
+            let published = self.stage.hosts.published(&member.name).ok_or("no published address")?;
+            let at = (published, if port == Port::Postgres { member.port } else { member.api_port });
+            for _ in 0..count {
+                // Whoever is full refuses; that is what is looked at.
+                let connect = tokio::net::TcpStream::connect(at);
+                if let Ok(Ok(stream)) = tokio::time::timeout(Duration::from_millis(200), connect).await {
+                    self.flood.push(stream);
+                }
+            }
+        }
+        Ok(())
+    }
+
     async fn promote(&mut self, who: &str) -> Result<(), String> {
         for member in self.members(who).await? {
             let session = self.stage.superuser(member).await?;
@@ -509,8 +574,15 @@ impl Play<'_> {
         words.join("; ")
     }
 
-    /// Ends the sessions that were kept open.
-    pub fn end(self) -> Vec<(String, Duration)> {
+    /// Ends what was kept open or running.
+    pub async fn end(mut self) -> Vec<(String, Duration)> {
+        for child in &mut self.spawned {
+            if let Some(pid) = child.id().and_then(|id| i32::try_from(id).ok()) {
+                // Its whole process group: a shell's children too.
+                processes::send(-pid, Signal::SIGKILL);
+            }
+            let _ = child.wait().await;
+        }
         self.met
     }
 }

@@ -87,7 +87,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, String> {
 #[derive(Parser)]
 #[command(name = "scripts/faults")]
 struct Order {
-    /// Names of scenarios, or parts of them
+    /// Names of scenarios, or their beginnings
     names: Vec<String>,
     /// Every scenario
     #[arg(long)]
@@ -119,7 +119,7 @@ type Turn = (Scenario, u64, bool);
 
 fn run(order: &Order, mut scenarios: Vec<Scenario>) -> ExitCode {
     scenarios.retain(|s| {
-        order.all || (order.ci && s.ci) || order.names.iter().any(|name| s.name.contains(name.trim_end_matches(".toml")))
+        order.all || (order.ci && s.ci) || order.names.iter().any(|name| s.name.starts_with(name.trim_end_matches(".toml")))
     });
     if order.not_yet {
         scenarios.iter_mut().for_each(|scenario| scenario.needs = None);
@@ -201,14 +201,14 @@ async fn series(setup: &Setup, turns: &[Turn], outcomes: &mut Vec<Outcome>) {
         let (mut outcome, usable) = play(&mut ready, scenario, *seed, *tolerant).await;
         if usable {
             stage = Some(ready);
-        } else if let Err(why) = ready.strike(false).await {
+        } else if let Err(why) = ready.strike().await {
             outcome = outcome.failed(why);
         }
         println!("{}", outcome.line());
         outcomes.push(outcome);
     }
     if let Some(last) = stage
-        && let Err(why) = last.strike(false).await
+        && let Err(why) = last.strike().await
     {
         // Of the whole series: something outlived its cluster.
         if let Some(outcome) = outcomes.last_mut() {

@@ -134,7 +134,9 @@ pub async fn play(stage: &mut Stage, scenario: &Scenario, seed: u64, tolerant: b
     };
     if !outcome.problems.is_empty() {
         outcome.result = Result_::Failed;
-        keep(stage, &outcome);
+        keep(stage, &outcome.name);
+        let text = format!("{}\nseed {}\n{:#?}\n", outcome.line(), outcome.seed, outcome.steps);
+        let _ = std::fs::write(logs(&outcome.name).join("outcome.txt"), text);
     }
     outcome.took_s = rounded(begun.elapsed());
     (outcome, usable)
@@ -169,7 +171,7 @@ async fn act(
     }
     let fault = play.fault.unwrap_or_else(Instant::now);
     outcome.outage_ms = rounded_ms(workload.outage(fault));
-    outcome.met = play.end().into_iter().map(|(what, after)| (what, rounded_ms(after))).collect();
+    outcome.met = play.end().await.into_iter().map(|(what, after)| (what, rounded_ms(after))).collect();
     let stopped_at = stopped.as_ref().err().cloned();
     outcome.problems.extend(stopped_at);
 
@@ -193,6 +195,7 @@ async fn act(
     if let Err(why) = stage.equal(primary).await {
         outcome.problems.push(why);
     }
+    outcome.problems.extend(stage.one_history().err());
     let (old, new) = (&stage.cluster.members[before.primary].name, &stage.cluster.members[primary].name);
     outcome.leader = if old == new { old.clone() } else { format!("{old} → {new}") };
     expectations(stage, scenario, &before, primary, outcome).await;
@@ -282,16 +285,15 @@ pub fn logs(name: &str) -> PathBuf {
     std::env::var_os("PGVIGIL_TEST_LOGS").map_or(own, PathBuf::from).join(format!("fault-{name}"))
 }
 
-fn keep(stage: &Stage, outcome: &Outcome) {
-    let directory = logs(&outcome.name);
+pub fn keep(stage: &Stage, name: &str) {
+    let directory = logs(name);
     let _ = std::fs::create_dir_all(&directory);
-    let _ = std::fs::write(directory.join("outcome.txt"), format!("{}\nseed {}\n{:#?}\n", outcome.line(), outcome.seed, outcome.steps));
     for member in &stage.cluster.members {
         let to = directory.join(&member.name);
         let from = member.directory.display();
         let script = format!(
             "mkdir -p {to} && cp {from}/agent.log {to}/; cp {from}/state/*.log {to}/ 2>/dev/null; \
-             cp -r {from}/pg/*log* {to}/ 2>/dev/null; cp -r {from}/pg/data/log {to}/pg-log 2>/dev/null; true",
+             cp -r {from}/state/postgresql/log {to}/postgresql 2>/dev/null; cp {from}/pg/data/pg_wal/*.history {to}/ 2>/dev/null; true",
             to = to.display()
         );
         let _ = hosts::run("sh", &["-c", &script], "");

@@ -36,6 +36,10 @@ pub struct Scenario {
 pub struct Setup {
     pub mode: String,
     pub members: usize,
+    /// Lines of [lease]; else half of the default, for half the waiting.
+    pub lease: Option<String>,
+    /// Lines of [postgresql.parameters].
+    pub parameters: String,
     /// Lines for every member's configuration, below `all`, and for single ones below their names.
     pub settings: BTreeMap<String, String>,
     /// Nothing is played after it on this cluster.
@@ -44,7 +48,14 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Setup {
-        Setup { mode: "sync".to_owned(), members: 3, settings: BTreeMap::new(), alone: false }
+        Setup {
+            mode: "sync".to_owned(),
+            members: 3,
+            lease: None,
+            parameters: String::new(),
+            settings: BTreeMap::new(),
+            alone: false,
+        }
     }
 }
 
@@ -125,6 +136,22 @@ pub enum Step {
     EtcdSave,
     EtcdRestore,
     EtcdCompact,
+    /// NOSPACE: writes are refused.
+    EtcdFull,
+    EtcdRoom,
+    /// An empty etcd at the old addresses.
+    EtcdReplace,
+    /// flood WHO postgres|agents COUNT: connections that say nothing, until the end of the steps.
+    Flood { who: String, port: Port, count: usize },
+    /// Runs beside the cluster until the steps are over.
+    Spawn { who: String, command: String },
+    /// Has to succeed (`shell`), or to fail and say so (`fails WHO COMMAND => TEXT`).
+    Shell { who: String, command: String, fails: Option<String> },
+    /// Data and state of a member that is down, copied and put back.
+    Save(String),
+    Restore(String),
+    Unmount(String),
+    Mount(String),
     Promote(String),
     Switchover { to: Option<String> },
     Refused { to: Option<String>, text: String },
@@ -225,7 +252,8 @@ pub fn parse(text: &str) -> Result<Step, String> {
         "continue" => Some(Signal::SIGCONT),
         "terminate" => Some(Signal::SIGTERM),
         "quit" => Some(Signal::SIGQUIT),
-        "hangup" => Some(Signal::SIGHUP),
+        // The agent ends, PostgreSQL stays: how systemd restarts it.
+        "detach" => Some(Signal::SIGUSR1),
         _ => None,
     };
     let step = match words[..] {
@@ -270,6 +298,25 @@ pub fn parse(text: &str) -> Result<Step, String> {
         ["etcd-save"] => Step::EtcdSave,
         ["etcd-restore"] => Step::EtcdRestore,
         ["etcd-compact"] => Step::EtcdCompact,
+        ["etcd-full"] => Step::EtcdFull,
+        ["etcd-room"] => Step::EtcdRoom,
+        ["etcd-replace"] => Step::EtcdReplace,
+        ["flood", w, p @ ("postgres" | "agents"), count] => Step::Flood {
+            who: who(w)?,
+            port: if p == "postgres" { Port::Postgres } else { Port::Agents },
+            count: count.parse().map_err(|_| format!("{text}: `{count}` is no number"))?,
+        },
+        ["spawn", w, ..] => Step::Spawn { who: who(w)?, command: after(2) },
+        ["shell", w, ..] => Step::Shell { who: who(w)?, command: after(2), fails: None },
+        ["fails", w, ..] => {
+            let line = after(2);
+            let (command, words) = line.rsplit_once(" => ").ok_or_else(|| format!("{text}: write `=> TEXT` behind it"))?;
+            Step::Shell { who: who(w)?, command: command.to_owned(), fails: Some(words.to_owned()) }
+        }
+        ["save", w] => Step::Save(who(w)?),
+        ["restore", w] => Step::Restore(who(w)?),
+        ["unmount", w] => Step::Unmount(who(w)?),
+        ["mount", w] => Step::Mount(who(w)?),
         ["promote", w] => Step::Promote(who(w)?),
         ["switchover"] => Step::Switchover { to: None },
         ["switchover", w] => Step::Switchover { to: Some(who(w)?) },

@@ -81,9 +81,9 @@ impl Stage {
             etcd_hosts: (1..=3).map(|n| hosts.host(&format!("etcd-{n}"))).collect(),
             binary: Some(binary.to_owned()),
             durability: setup.mode.clone(),
-            lease: LEASE.to_owned(),
+            lease: setup.lease.clone().unwrap_or_else(|| LEASE.to_owned()),
             etcd_try_timeout: "500ms".to_owned(),
-            parameters: PARAMETERS.to_owned(),
+            parameters: format!("{PARAMETERS}\n{}", setup.parameters),
             ..Options::default()
         };
         let mut cluster = Cluster::prepare(options).map_err(|error| error.to_string())?;
@@ -97,8 +97,13 @@ impl Stage {
             ledger: Ledger::default(),
             backup: None,
         };
-        stage.prepare().await.inspect_err(|_| stage.cluster.keep_files())?;
-        Ok(stage)
+        match stage.prepare().await {
+            Ok(()) => Ok(stage),
+            Err(why) => {
+                super::play::keep(&stage, "start");
+                Err(why)
+            }
+        }
     }
 
     async fn prepare(&mut self) -> Result<(), String> {
@@ -114,8 +119,8 @@ impl Stage {
             let file = std::fs::File::create(&image).map_err(|error| format!("make {}: {error}", image.display()))?;
             file.set_len(DISK_MB << 20).map_err(|error| format!("make {}: {error}", image.display()))?;
             hosts::run("mkfs.ext4", &["-q", "-F", "-m", "0", "-E", "lazy_itable_init=1", &image.to_string_lossy()], "")?;
-            let pg = self.cluster.members[index].directory.join("pg");
-            self.disks.push(Disk::mount(&image, pg).await.map_err(|error| error.to_string())?);
+            let disk = self.disk(index).await?;
+            self.disks.push(disk);
         }
         for index in 0..self.cluster.members.len() {
             self.cluster.start_agent(index).map_err(|error| error.to_string())?;
@@ -124,6 +129,63 @@ impl Stage {
         let primary = self.whole().await?;
         let session = self.cluster.connect(primary, &Login::app()).await.map_err(|error| error.to_string())?;
         make_tables(&session).await
+    }
+
+    async fn disk(&self, member: usize) -> Result<Disk, String> {
+        let member = &self.cluster.members[member];
+        let image = self.cluster.base.join(format!("{}.disk", member.name));
+        Disk::mount(&image, member.directory.join("pg")).await.map_err(|error| error.to_string())
+    }
+
+    /// After an `unmount`; a disk that is mounted stays as it is.
+    pub fn mount(&self, member: usize) -> Result<(), String> {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let at = self.disks[member].mounted.display().to_string();
+        if mounts.lines().any(|line| line.split(' ').nth(1) == Some(&at)) {
+            return Ok(());
+        }
+        // Its owner is written on it; the disk that is dropped at the end takes this mount away too.
+        let image = self.cluster.base.join(format!("{}.disk", self.cluster.members[member].name));
+        hosts::run("mount", &[&image.to_string_lossy(), &at], "").map(|_| ())
+    }
+
+    /// In the member's directory, with what commands need in the environment; ended with its whole process group.
+    pub fn command(&self, member: usize, command: &str) -> tokio::process::Command {
+        let member = &self.cluster.members[member];
+        let mut shell = tokio::process::Command::new("sh");
+        shell
+            .args(["-c", command])
+            .current_dir(&member.directory)
+            .env("AGENT", env!("CARGO_BIN_EXE_pgvigil"))
+            .env("CONFIG", member.config_file())
+            .env("DATA", member.data_dir())
+            .env("BIN", pgvigil::cli::newest_bin_dir().unwrap_or_default())
+            .env("PGHOST", member.host.address.to_string())
+            .env("PGPORT", member.port.to_string())
+            .env("PGUSER", "postgres")
+            .env("PGDATABASE", "app")
+            .env("PGPASSWORD", Login::superuser().password)
+            .env("URL", member.url())
+            .env("POSTMASTER", member.postmaster().unwrap_or_default().to_string())
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .process_group(0)
+            .kill_on_drop(true);
+        shell
+    }
+
+    pub async fn shell(&self, member: usize, command: &str, fails: Option<&str>) -> Result<(), String> {
+        let mut shell = self.command(member, command);
+        shell.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+        let output = tokio::time::timeout(Duration::from_secs(60), shell.output()).await;
+        let output = output.map_err(|_| "not finished within 60 s".to_owned())?.map_err(|error| error.to_string())?;
+        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        match (fails, output.status.success()) {
+            (None, true) => Ok(()),
+            (Some(text), false) if said.contains(text) => Ok(()),
+            _ => Err(format!("{}, it said: {}", output.status, said.trim())),
+        }
     }
 
     fn configure(&self, member: usize, lines: &str) -> Result<(), String> {
@@ -158,7 +220,8 @@ impl Stage {
     pub async fn cast(&self) -> Result<Cast, String> {
         let primary = self.whole().await?;
         let mut others = (1..self.cluster.members.len()).map(|step| (primary + step) % self.cluster.members.len());
-        let standby = others.next().ok_or("a cluster of one has no standby")?;
+        // A cluster of one is its own standby.
+        let standby = others.next().unwrap_or(primary);
         Ok(Cast { primary, standby, other: others.next() })
     }
 
@@ -211,7 +274,8 @@ impl Stage {
     pub fn pids(&self, member: usize, what: &str) -> Vec<i32> {
         let member = &self.cluster.members[member];
         match what {
-            "agent" => member.agent_pid().into_iter().collect(),
+            // One that ended and was not waited for yet has no arguments any more.
+            "agent" => member.agent_pid().into_iter().filter(|pid| !arguments(*pid)[0].is_empty()).collect(),
             "postmaster" => member.postmaster().into_iter().collect(),
             "everything" => self.hosts.processes(&member.name),
             "postgres" => processes::under(&member.data_dir()),
@@ -234,9 +298,10 @@ impl Stage {
     }
 
     pub async fn end_faults(&mut self) -> Result<(), String> {
-        for disk in &self.disks {
-            disk.thaw();
-            let _ = std::fs::remove_file(disk.mounted.join(FILLER));
+        for index in 0..self.disks.len() {
+            self.mount(index)?;
+            self.disks[index].thaw();
+            let _ = std::fs::remove_file(self.disks[index].mounted.join(FILLER));
         }
         self.hosts.heal()?;
         for index in 0..self.cluster.etcd.members.len() {
@@ -245,6 +310,8 @@ impl Stage {
             }
             self.cluster.etcd.signal(index, Signal::SIGCONT);
         }
+        // Of an etcd that is full, if there is one.
+        let _ = self.store_alarm(false).await;
         for index in 0..self.cluster.members.len() {
             for pid in self.hosts.processes(&self.cluster.members[index].name) {
                 processes::send(pid, Signal::SIGCONT);
@@ -285,6 +352,30 @@ impl Stage {
         Ok(())
     }
 
+    /// One timeline has one history, wherever its file lies (S6); `pg_rewind` looks for the common ancestor in them.
+    pub fn one_history(&self) -> Result<(), String> {
+        let mut known: BTreeMap<String, (String, String)> = BTreeMap::new();
+        for member in &self.cluster.members {
+            let entries = std::fs::read_dir(member.data_dir().join("pg_wal")).into_iter().flatten().flatten();
+            for entry in entries.filter(|entry| entry.path().extension().is_some_and(|ending| ending == "history")) {
+                let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
+                // Number and position; the reason behind them is prose.
+                let lines = text.lines().filter_map(|line| {
+                    let mut words = line.split_whitespace();
+                    Some(format!("{} {}", words.next()?, words.next()?))
+                });
+                let lines = lines.collect::<Vec<_>>().join(", ");
+                let file = entry.file_name().to_string_lossy().into_owned();
+                let first = known.entry(file.clone()).or_insert_with(|| (member.name.clone(), lines.clone()));
+                if first.1 != lines {
+                    let name = &member.name;
+                    return Err(format!("{file} is `{}` at {} and `{lines}` at {name}", first.1, first.0));
+                }
+            }
+        }
+        Ok(())
+    }
+
     pub async fn superuser(&self, member: usize) -> Result<Session, String> {
         let login = Login { database: "app".to_owned(), ..Login::superuser() };
         self.cluster.connect(member, &login).await.map_err(|error| error.to_string())
@@ -314,7 +405,7 @@ impl Stage {
     }
 
     /// Orderly end; the error names what was left.
-    pub async fn strike(mut self, keep: bool) -> Result<Option<PathBuf>, String> {
+    pub async fn strike(mut self) -> Result<(), String> {
         let ended = self.end_faults().await;
         for index in 0..self.cluster.members.len() {
             self.cluster.members[index].signal_agent(Signal::SIGTERM);
@@ -324,29 +415,15 @@ impl Stage {
                 agent.wait(Duration::from_secs(40)).await;
             }
         }
-        if keep {
-            self.cluster.keep_files();
-        }
         let Stage { disks, cluster, hosts, .. } = self;
-        if keep {
-            keep_logs(&disks, &cluster);
-        }
         drop(disks);
-        let (left, kept) = cluster.shutdown().await;
+        let (left, _) = cluster.shutdown().await;
         drop(hosts);
         ended?;
         if left > 0 {
             return Err(format!("{left} processes had to be killed at the end"));
         }
-        Ok(kept)
-    }
-}
-
-/// PostgreSQL's own logs go with the disk; they are copied to the agents'. The disks' images are not kept.
-fn keep_logs(disks: &[Disk], cluster: &Cluster) {
-    for (disk, member) in disks.iter().zip(&cluster.members) {
-        let _ = hosts::run("sh", &["-c", &format!("cp -r {0}/data/log {1}/postgresql-logs", disk.mounted.display(), member.directory.display())], "");
-        let _ = std::fs::remove_file(cluster.base.join(format!("{}.disk", member.name)));
+        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use etcd_client::{Client, CompactionOptions, DeleteOptions};
+use etcd_client::{AlarmAction, AlarmType, Client, CompactionOptions, DeleteOptions};
 use nix::sys::signal::Signal;
 
 use super::hosts;
@@ -61,6 +61,25 @@ impl Stage {
         let revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
         let options = CompactionOptions::new().with_physical();
         client.compact(revision, Some(options)).await.map(|_| ()).map_err(|error| error.to_string())
+    }
+
+    pub async fn store_alarm(&mut self, on: bool) -> Result<(), String> {
+        let action = if on { AlarmAction::Activate } else { AlarmAction::Deactivate };
+        let mut client = self.store().await?;
+        client.alarm(action, AlarmType::Nospace, None).await.map(|_| ()).map_err(|error| error.to_string())
+    }
+
+    pub async fn store_replace(&mut self) -> Result<(), String> {
+        for index in 0..self.cluster.etcd.members.len() {
+            self.cluster.etcd.signal(index, Signal::SIGKILL);
+            self.cluster.etcd.stop_member(index).await;
+            let data = self.cluster.etcd.directory(index).join("data");
+            std::fs::remove_dir_all(&data).map_err(|error| format!("remove {}: {error}", data.display()))?;
+        }
+        for index in 0..self.cluster.etcd.members.len() {
+            self.cluster.etcd.start_member(index).map_err(|error| error.to_string())?;
+        }
+        Ok(())
     }
 
     pub async fn store_save(&mut self) -> Result<(), String> {
