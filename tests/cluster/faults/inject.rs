@@ -128,6 +128,12 @@ impl<'a> Play<'a> {
                 Ok(())
             }
             Step::Sql { who, statement, how } => self.sql(who, statement, *how).await,
+            Step::Reinit(who) => {
+                let name = self.name(Some(who)).await?;
+                let body = serde_json::json!({ "member": name });
+                let answer = self.stage.cluster.client().post("/v1/reinit", &body).await;
+                answer.and_then(pgvigil::client::Answer::success).map(|_| ()).map_err(|error| error.to_string())
+            }
             Step::Promote(who) => self.promote(who).await,
             Step::Switchover { to } => {
                 let to = self.name(to.as_deref()).await?;

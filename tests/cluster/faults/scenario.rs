@@ -153,6 +153,8 @@ pub enum Step {
     Unmount(String),
     Mount(String),
     Promote(String),
+    /// A person gives the data of a member up.
+    Reinit(String),
     Switchover { to: Option<String> },
     Refused { to: Option<String>, text: String },
     Wait { until: Condition, within: Duration },
@@ -317,6 +319,7 @@ pub fn parse(text: &str) -> Result<Step, String> {
         ["restore", w] => Step::Restore(who(w)?),
         ["unmount", w] => Step::Unmount(who(w)?),
         ["mount", w] => Step::Mount(who(w)?),
+        ["reinit", w] => Step::Reinit(who(w)?),
         ["promote", w] => Step::Promote(who(w)?),
         ["switchover"] => Step::Switchover { to: None },
         ["switchover", w] => Step::Switchover { to: Some(who(w)?) },
