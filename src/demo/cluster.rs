@@ -14,6 +14,7 @@ use super::writer::{Address, Ids, Writer};
 use super::{DemoError, Host};
 use super::{ports, processes};
 use crate::client::Client;
+use crate::config::Secret;
 use crate::fencing::control_group_name;
 
 /// Between two looks at the agents' answers while a state is waited for: they tell no strangers of changes.
@@ -82,6 +83,8 @@ pub struct Cluster {
     /// Rows of all writers have ids from here.
     pub ids: Ids,
     pub started: Instant,
+    /// What the agents ask from those who change something; they get it through their hosts' environment.
+    pub token: Option<Secret>,
     binary: PathBuf,
     keep: bool,
     ended: bool,
@@ -161,6 +164,7 @@ impl Cluster {
             etcd,
             ids: Ids::default(),
             started,
+            token: None,
             binary,
             keep: options.keep,
             ended: false,
@@ -193,7 +197,7 @@ impl Cluster {
     }
 
     pub fn client(&self) -> Client {
-        Client::of(self.urls())
+        Client::of(self.urls()).with_token(self.token.clone())
     }
 
     /// All agents' answers, in the members' order.

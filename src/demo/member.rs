@@ -184,7 +184,7 @@ impl Member {
             common.lease,
             at("pg/data"),
             owner.name,
-            self.host.address,
+            self.host.listen,
             at("run"),
             at("superuser.password"),
             at("internal.password"),
