@@ -23,6 +23,7 @@ pub(super) struct File {
     pub election: Election,
     pub crash: Crash,
     pub rejoin: Rejoin,
+    pub cold_start: ColdStart,
     pub member: MemberSection,
     pub postgresql: Postgresql,
     pub tags: Tags,
@@ -98,6 +99,12 @@ pub(super) struct Rejoin {
     pub reclone: Option<bool>,
     pub timeout: Option<Span>,
     pub set_aside_budget: Option<Size>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct ColdStart {
+    pub wait: Option<Span>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -129,6 +129,7 @@ impl Cluster {
                 rejoin_timeout: Duration::from_secs(60),
                 reclone: true,
                 takeover: Takeover::default(),
+                cold_start_wait: Duration::from_secs(60),
             },
             tags: Tags::default(),
             api: ApiConfig {
