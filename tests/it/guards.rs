@@ -667,6 +667,24 @@ fn the_lint_refuses_a_takeover_that_does_not_compare_the_lease() {
     assert!(refused(&view, take(Transaction::when(Key::Leader, 50))));
 }
 
+/// S1: in async only the end of the lease, or a release, ends whoever holds the term.
+#[test]
+fn the_lint_refuses_an_async_takeover_before_w() {
+    let take = |mode: Durability, silence: Duration| {
+        let mut view = silent(silence);
+        let Entry::Present(claim) = &mut records(&mut view).sync else { panic!("there is a claim") };
+        claim.value.mode = mode;
+        let mut record = leader(&mut view).clone();
+        (record.holder, record.term) = (id("b"), Term(5));
+        record.state = LeaderState::Electing { coordinator: name("b"), preferred: None, winner: None };
+        let transaction = Transaction::when(Key::Leader, 50).and(Key::Lease, 100).put(Write::Leader(record));
+        refused(&view, Step::Commit { what: "test".to_owned(), transaction })
+    };
+    assert!(take(Durability::Async, secs(3)));
+    assert!(!take(Durability::Async, secs(9)));
+    assert!(!take(Durability::Sync, secs(3)));
+}
+
 /// S12: no claim is no licence, at the counting as before the election.
 #[test]
 fn without_the_claim_no_seals_are_enough() {

@@ -400,6 +400,19 @@ fn in_async_the_best_that_may_lead_does() {
     toy.until("the one that may", 300, |t| t.leader().as_ref() == Some(&behind));
 }
 
+/// L2: starts that failed before a copy were held against the copy, which was thrown away and made again for ever.
+#[test]
+fn crashes_of_data_that_are_gone_do_not_count_against_their_copy() {
+    let mut toy = running(Durability::Sync);
+    let b = others(&toy.leader().unwrap()).remove(0);
+    let now = toy.now;
+    let m = toy.member(b.as_str());
+    m.die("signal 9");
+    m.data = DataDirectory::Empty;
+    m.memory.crashes = vec![(97, now), (98, now), (99, now)];
+    toy.until("it streams again", 100, |t| t.streaming() == 2);
+}
+
 /// Everything is off; who comes back is told.
 fn all_off(durability: Durability) -> (Toy, MemberName) {
     let mut toy = running(durability);
