@@ -577,3 +577,23 @@ fn a_failover_asked_for_during_an_election_is_over_with_it() {
     assert!(matches!(outcome, Some(Outcome::Done { .. })), "{outcome:?}");
     assert_eq!(toy.writers.len(), 2, "one change of leader");
 }
+
+/// L1: a release by name binds the others for a second, not for ever: the one who is named may be dead by then.
+#[test]
+fn a_release_to_who_dies_does_not_keep_the_others_waiting() {
+    let mut toy = running(Durability::Sync);
+    let old = toy.leader().unwrap();
+    toy.member(old.as_str()).die("signal 9");
+    let mut named = None;
+    toy.until("a release by name", 20, |t| {
+        let Some(LeaderState::Released { to: Some(to), .. }) = t.records.leader().map(|l| &l.state) else {
+            return false;
+        };
+        named = Some(to.clone());
+        true
+    });
+    let named = named.unwrap();
+    toy.member(named.as_str()).die("power");
+    toy.member(named.as_str()).agent = false;
+    toy.until("another one", 80, |t| t.leader().is_some_and(|l| l != named));
+}
