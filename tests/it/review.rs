@@ -597,3 +597,19 @@ fn a_release_to_who_dies_does_not_keep_the_others_waiting() {
     toy.member(named.as_str()).agent = false;
     toy.until("another one", 80, |t| t.leader().is_some_and(|l| l != named));
 }
+
+/// S1: an election that began without W has nothing but its seals to say that the old leader is over; a person's word that
+/// loss is accepted is no seal.
+#[test]
+fn force_does_not_go_past_the_clocks() {
+    let (mut toy, old) = all_off(Durability::Sync);
+    force(&mut toy, None, &[]);
+    assert!(toy.records.forced().is_some());
+    if let Entry::Present(leader) = &mut toy.records.leader {
+        let from = leader.value.holder.clone();
+        leader.value.taken = Some(pgvigil::core::records::Taken { from, term: leader.value.term, doubled: 0 });
+    }
+    assert!(toy.records.forced().is_none(), "its lease may not be over");
+    force(&mut toy, None, &[&old]);
+    assert!(toy.records.forced().is_some());
+}
