@@ -53,8 +53,12 @@ fn changed(before: &MemberRecord, now: &MemberRecord) -> bool {
         (
             (r.incarnation, r.start_counter, r.data.clone(), r.role, settled(&r.state)),
             (r.timeline, r.term, r.host.clone(), r.port, r.tags.clone()),
-            (r.pending_restart, r.job.as_ref().map(|j| j.what.clone()), r.kept.clone()),
-            r.overtaken.max(before.overtaken),
+            (
+                r.pending_restart,
+                r.job.as_ref().map(|j| j.what.clone()),
+                r.overtaken.max(before.overtaken),
+                r.kept.clone(),
+            ),
         )
     };
     relevant(before) != relevant(now)

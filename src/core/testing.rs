@@ -55,8 +55,8 @@ pub fn policy() -> Policy {
         member_publish: secs(3),
         rejoin_timeout: Duration::from_secs(60),
         reclone: true,
-        cold_start_wait: secs(60),
         takeover: Takeover::default(),
+        cold_start_wait: secs(60),
     }
 }
 

@@ -87,11 +87,11 @@ pub struct Policy {
     pub rejoin_timeout: Duration,
     /// Sets diverged data aside and clones when a rewind is not possible.
     pub reclone: bool,
+    #[serde(default)]
+    pub takeover: Takeover,
     /// Async: how long the last primary is waited for when everything was off; then a person decides.
     #[serde(default)]
     pub cold_start_wait: Duration,
-    #[serde(default)]
-    pub takeover: Takeover,
 }
 
 // === What is here ===

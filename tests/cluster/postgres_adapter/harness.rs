@@ -128,8 +128,8 @@ impl Cluster {
                 member_publish: ms(3000),
                 rejoin_timeout: Duration::from_secs(60),
                 reclone: true,
-                cold_start_wait: Duration::from_secs(60),
                 takeover: Takeover::default(),
+                cold_start_wait: Duration::from_secs(60),
             },
             tags: Tags::default(),
             api: ApiConfig {
