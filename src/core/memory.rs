@@ -261,7 +261,14 @@ impl Memory {
                 self.phase("promoted", now);
             }
             JobKind::Seal { .. } if succeeded => self.phase("sealed", now),
-            JobKind::Clone { .. } | JobKind::Rewind { .. } if succeeded => self.retry_after = None,
+            JobKind::Clone { .. } | JobKind::Rewind { .. } if succeeded => {
+                self.retry_after = None;
+                // A copy of data whose copy did not start is one more attempt; the crashes were of data that are gone.
+                if matches!(what, JobKind::Clone { .. }) && !self.crashes.is_empty() {
+                    self.rejoin_failures += 1;
+                }
+                self.crashes.clear();
+            }
             JobKind::Clone { .. } | JobKind::Rewind { .. } | JobKind::Bootstrap => {
                 if !succeeded {
                     self.rejoin_failures += 1;

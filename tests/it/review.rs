@@ -612,4 +612,16 @@ fn force_does_not_go_past_the_clocks() {
     assert!(toy.records.forced().is_none(), "its lease may not be over");
     force(&mut toy, None, &[&old]);
     assert!(toy.records.forced().is_some());
+
+/// L2: starts that failed before a copy were held against the copy, which was thrown away and made again for ever.
+#[test]
+fn crashes_of_data_that_are_gone_do_not_count_against_their_copy() {
+    let mut toy = running(Durability::Sync);
+    let b = others(&toy.leader().unwrap()).remove(0);
+    let now = toy.now;
+    let m = toy.member(b.as_str());
+    m.die("signal 9");
+    m.data = DataDirectory::Empty;
+    m.memory.crashes = vec![(97, now), (98, now), (99, now)];
+    toy.until("it streams again", 100, |t| t.streaming() == 2);
 }

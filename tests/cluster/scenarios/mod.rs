@@ -9,6 +9,7 @@ mod lifecycle;
 mod rejoin;
 mod store;
 mod tags;
+mod takeover;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
