@@ -612,6 +612,7 @@ fn force_does_not_go_past_the_clocks() {
     assert!(toy.records.forced().is_none(), "its lease may not be over");
     force(&mut toy, None, &[&old]);
     assert!(toy.records.forced().is_some());
+}
 
 /// L2: starts that failed before a copy were held against the copy, which was thrown away and made again for ever.
 #[test]
