@@ -430,7 +430,8 @@ impl ClusterRecords {
         self.leader.value()
     }
 
-    /// What a person forces while nobody leads.
+    /// What a person forces while nobody leads. Where the change began on suspicion the old leader's lease may not be over:
+    /// then only with his word that its host is off.
     pub fn forced(&self) -> Option<&Force> {
         let leader = self.leader()?;
         let last = leader.last.as_ref().map(|last| last.term).unwrap_or_default();
@@ -439,6 +440,7 @@ impl ClusterRecords {
             .filter(|r| r.value.outcome.is_none() && matches!(r.value.what, Operation::Failover { .. }))
             .filter_map(|r| r.value.force.as_ref())
             .find(|force| force.last_term == last)
+            .filter(|force| leader.taken.as_ref().is_none_or(|taken| force.off.contains(&taken.from.name)))
     }
 
     /// The highest timeline number that anybody reserved or published.
