@@ -13,4 +13,5 @@ pub mod fencing;
 pub mod guardian;
 pub mod ports;
 pub mod postgres;
+pub mod storage;
 pub mod telemetry;

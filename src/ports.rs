@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use crate::core::names::MemberName;
 use crate::core::plan::{Follow, PromoteOrder, SyncRule};
 use crate::core::records::{ClusterRecords, Position, Transaction};
+use crate::core::storage::Storage;
 use crate::core::timeline::{History, Term, TimelineId};
 use crate::core::view::{DataDirectory, Guard, LocalPostgres};
 use crate::core::{Lsn, Moment};
@@ -111,8 +112,8 @@ pub trait Postgres: Send + Sync {
     /// What PostgreSQL is and says right now. Not knowing is an answer (S12), so this cannot fail.
     async fn observe(&self, guard: &Guard, within: Duration) -> LocalPostgres;
 
-    /// What is in the data directory. Reads small files only.
-    async fn data_directory(&self) -> DataDirectory;
+    /// What is in the data directory. Reads small files only; a disk that does not give them in time makes it unknown.
+    async fn data_directory(&self, within: Duration) -> DataDirectory;
 
     /// Writes configuration, `standby.signal` and hba for the given start, removes planted history files that were not
     /// used, checks that nothing would end recovery by itself, and says what the guardian has to start.
@@ -225,6 +226,13 @@ pub trait Fence: Send + Sync {
     fn changes(&self) -> watch::Receiver<u64>;
     /// Ends the guardian; refused while PostgreSQL runs.
     async fn dismiss(&self) -> Result<(), FenceError>;
+}
+
+// === Disks ===
+
+/// How far the storage probes came. Never touches a disk and never waits.
+pub trait Disks: Send + Sync {
+    fn look(&self) -> Storage;
 }
 
 // === Clocks ===

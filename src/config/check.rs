@@ -15,8 +15,11 @@ use super::{
 use crate::core::lease::Timings;
 use crate::core::names::{ClusterName, MemberName};
 use crate::core::records::{Durability, Tags};
+use crate::core::storage::StoragePolicy;
 use crate::core::view::Policy;
 
+/// PostgreSQL's bound on the WAL that slots keep; pgvigil's unless the operator sets one.
+const SLOT_BOUND: &str = "max_slot_wal_keep_size";
 /// Longest path of a unix socket that the kernel takes (sun_path without its final zero).
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -41,6 +44,7 @@ pub(super) fn config(path: &Path, text: &str, environment: Environment<'_>) -> R
         &file.election,
         &file.crash,
         &file.rejoin,
+        &file.storage,
         &file.member,
         &file.postgresql,
     )?;
@@ -418,6 +422,7 @@ impl Check<'_> {
         election: &raw::Election,
         crash: &raw::Crash,
         rejoin: &raw::Rejoin,
+        storage: &raw::Storage,
         member: &raw::MemberSection,
         postgresql: &raw::Postgresql,
     ) -> Result<Policy, ConfigError> {
@@ -462,6 +467,18 @@ impl Check<'_> {
             member_publish: self.span("member.publish", member.publish, seconds(3), millis(200), seconds(60))?,
             reclone: rejoin.reclone.unwrap_or(true),
             rejoin_timeout: self.span("rejoin.timeout", rejoin.timeout, seconds(60), seconds(5), seconds(86_400))?,
+            storage: StoragePolicy {
+                stall_after: self.span(
+                    "storage.stall_after",
+                    storage.stall_after,
+                    seconds(4),
+                    millis(500),
+                    seconds(300),
+                )?,
+                min_free: storage.min_free.map_or(64 << 20, |v| v.0),
+                set_aside_budget: rejoin.set_aside_budget.map_or(20 << 30, |v| v.0),
+                bound_slots: !postgresql.parameters.keys().any(|name| name.eq_ignore_ascii_case(SLOT_BOUND)),
+            },
         };
         if policy.election_wait >= policy.election_give_up {
             return Err(self.error(

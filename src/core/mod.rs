@@ -7,6 +7,7 @@
 
 pub mod decide;
 pub mod election;
+pub mod followers;
 pub mod health;
 pub mod lease;
 pub mod lint;
@@ -17,6 +18,7 @@ pub mod plan;
 pub mod publish;
 pub mod records;
 pub mod rules;
+pub mod storage;
 pub mod sync_set;
 #[doc(hidden)]
 pub mod testing;

@@ -1,8 +1,11 @@
 //! What a member says of itself in the store, and when.
 
 use super::plan::{Plan, Step};
-use super::records::{DataSummary, JobProgress, Key, LeaderState, MemberRecord, Role, Transaction, Write};
+use super::records::{
+    DataSummary, JobProgress, Key, LeaderState, MemberRecord, Role, StorageSummary, Transaction, Write,
+};
 use super::rules::Facts;
+use super::storage::{Place, full, no_memory, trouble};
 use super::time::Moment;
 use super::view::{DataDirectory, GuardState, JobKind, LocalPostgres, Receiver, View};
 
@@ -52,6 +55,7 @@ fn changed(before: &MemberRecord, now: &MemberRecord) -> bool {
             (r.incarnation, r.start_counter, r.data.clone(), r.role, settled(&r.state)),
             (r.timeline, r.term, r.host.clone(), r.port, r.tags.clone()),
             (r.pending_restart, r.job.as_ref().map(|j| j.what.clone())),
+            (r.storage.trouble.is_some(), r.storage.full.is_some()),
         )
     };
     relevant(before) != relevant(now)
@@ -96,7 +100,18 @@ pub fn record(view: &View, plan: &Plan) -> MemberRecord {
         job: job(view),
         rule: plan.rule.clone(),
         reason: plan.reason.clone(),
+        storage: storage(view),
         beat: 0,
+    }
+}
+
+fn storage(view: &View) -> StorageSummary {
+    let free = view.local.storage.places.get(&Place::Data).and_then(|disk| disk.space);
+    StorageSummary {
+        trouble: trouble(view).or_else(|| no_memory(view)).map(|trouble| trouble.to_string()),
+        full: full(view),
+        free_bytes: free.map(|space| space.free_bytes),
+        data_bytes: view.local.storage.data_bytes,
     }
 }
 

@@ -12,6 +12,7 @@ use super::lsn::Lsn;
 use super::names::{MemberId, MemberName};
 use super::plan::{Follow, SyncRule};
 use super::records::{ClusterRecords, Durability, LeaderRecord, MemberRecord, Outcome, Tags};
+use super::storage::{Place, Storage, StoragePolicy};
 use super::time::Moment;
 use super::timeline::{History, Term, TimelineId};
 
@@ -68,6 +69,8 @@ pub struct Policy {
     pub rejoin_timeout: Duration,
     /// Sets diverged data aside and clones when a rewind is not possible.
     pub reclone: bool,
+    #[serde(default)]
+    pub storage: StoragePolicy,
 }
 
 // === What is here ===
@@ -78,6 +81,8 @@ pub struct Local {
     pub data: DataDirectory,
     pub postgres: LocalPostgres,
     pub guard: Guard,
+    #[serde(default)]
+    pub storage: Storage,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -178,7 +183,11 @@ pub struct PrimaryFacts {
     /// `synchronous_standby_names` as the server shows it.
     pub rule_text: String,
     pub replicas: Vec<Replica>,
+    /// Where each keeps WAL from; `None`: it keeps none any more (its WAL was removed, or it never had any).
     pub slots: BTreeMap<String, Option<Lsn>>,
+    /// `max_slot_wal_keep_size` in bytes; `None`: unlimited, or not known.
+    #[serde(default)]
+    pub slot_bound: Option<u64>,
     pub pending_restart: bool,
     /// Settings that weaken durability behind our back, one sentence each.
     pub exceptions: Vec<String>,
@@ -304,8 +313,23 @@ pub struct Memory {
     pub term_since: Option<Moment>,
     pub silence: Option<Silence>,
     pub releases: Option<SeenRelease>,
-    /// Since when each member of the published set has not streamed, as this leader saw it.
+    /// Since when each member of the published set has not acknowledged, as this leader saw it.
     pub stalled: BTreeMap<MemberName, Moment>,
+    /// How far each follower of this leader has acknowledged.
+    #[serde(default)]
+    pub progress: BTreeMap<MemberName, Progress>,
+    /// Where this leader's WAL ended when PostgreSQL was last seen.
+    #[serde(default)]
+    pub end: Option<Lsn>,
+    /// Members that left the set because they did not acknowledge: what they have to show before they return.
+    #[serde(default)]
+    pub left: BTreeMap<MemberName, Left>,
+    /// When the loop came round before.
+    #[serde(default)]
+    pub round: Option<Moment>,
+    /// Places whose write has not returned or fails: when it began by the probe's word, and since when it counts here.
+    #[serde(default)]
+    pub storage: BTreeMap<Place, (Moment, Moment)>,
     /// Standbys that streamed from here when PostgreSQL was last seen as a primary, and how far each had flushed.
     pub streamed: BTreeMap<MemberName, (Lsn, Moment)>,
     /// Beats of the other members and when each was last seen to change.
@@ -347,6 +371,25 @@ pub struct Memory {
     pub published: Option<(Moment, MemberRecord)>,
     /// Since when this standby has followed without streaming.
     pub not_streaming: Option<Moment>,
+}
+
+/// How a follower acknowledges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    pub flushed: Lsn,
+    /// When it was last seen to have all there was to have, or more than before.
+    pub fine_at: Moment,
+    /// Since when that was so each time; `None`: it is not so now.
+    pub fine_since: Option<Moment>,
+}
+
+/// A member that left the set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// Since when it had not acknowledged then.
+    pub stalled: Moment,
+    /// How often within the last ten minutes.
+    pub times: u32,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

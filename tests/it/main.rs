@@ -13,5 +13,6 @@ mod guards;
 mod layers;
 mod random;
 mod review;
+mod storage;
 mod support;
 mod toy;

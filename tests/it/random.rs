@@ -11,7 +11,29 @@ use pgvigil::core::records::{Durability, Keyed, Operation, Request};
 use crate::toy::{Random, Toy};
 
 const ROUNDS: usize = 1_500;
-const MEMBERS: [&str; 3] = ["a", "b", "c"];
+const MEMBERS: [&str; 4] = ["a", "b", "c", "d"];
+
+/// What runs: so many members, and so many of them that a commit waits for.
+#[derive(Clone, Copy, Debug)]
+struct Cluster {
+    durability: Durability,
+    members: usize,
+    k: u32,
+}
+
+impl Cluster {
+    fn names(self) -> &'static [&'static str] {
+        &MEMBERS[..self.members]
+    }
+
+    fn whole(self, toy: &Toy) -> bool {
+        let others = self.members - 1;
+        toy.leader().is_some()
+            && toy.streaming() == others
+            && (self.durability == Durability::Async
+                || toy.records.sync.value().is_some_and(|s| s.k == self.k && s.members.len() == others))
+    }
+}
 
 /// A fault that goes away by itself.
 #[derive(Clone, Copy, Debug)]
@@ -21,56 +43,64 @@ enum Fault {
     Frozen,
     Store,
     Network,
-}
-
-fn whole(toy: &Toy) -> bool {
-    toy.leader().is_some()
-        && toy.streaming() == 2
-        && (toy.policy.durability == Durability::Async
-            || toy.records.sync.value().is_some_and(|s| s.k == 1 && s.members.len() == 2))
+    /// Streams and does not acknowledge.
+    Stuck,
+    /// Writes to the data hang, and so does what is killed.
+    Disk,
 }
 
 /// One run: whole, troubled, healed. Returns the number of promotions, so that a run in which nothing happens shows.
-fn run(seed: u64, durability: Durability) -> usize {
-    let mut toy = Toy::new(&MEMBERS, durability);
+fn run(seed: u64, cluster: Cluster) -> usize {
+    let mut toy = Toy::new(cluster.names(), cluster.durability);
+    toy.policy.k = cluster.k;
     toy.policy.crash_window = Duration::from_secs(20);
-    toy.until("a whole cluster", 400, whole);
+    toy.until("a whole cluster", 400, |t| cluster.whole(t));
     toy.trouble = Some(Random(seed));
     let mut random = Random(seed ^ 0x5eed);
-    let mut faults: Vec<(usize, Fault, &str)> = Vec::new();
+    let mut faults: Vec<(usize, Fault, &'static str)> = Vec::new();
     for round in 0..ROUNDS {
         if random.one_in(40) {
-            begin(&mut toy, &mut random, &mut faults, round);
+            begin(&mut toy, cluster.names(), &mut random, &mut faults, round);
         }
         for (_, fault, n) in faults.extract_if(.., |(until, ..)| *until <= round) {
             end(&mut toy, fault, n);
         }
         // Who froze between two steps wakes again.
         if random.one_in(50) {
-            MEMBERS.iter().filter(|n| !faults.iter().any(|f| f.2 == **n)).for_each(|n| toy.member(n).agent = true);
+            cluster
+                .names()
+                .iter()
+                .filter(|n| !faults.iter().any(|f| f.2 == **n))
+                .for_each(|n| toy.member(n).agent = true);
         }
         toy.round();
     }
     toy.trouble = None;
-    for n in MEMBERS {
+    for n in cluster.names() {
         let m = toy.member(n);
-        (m.store, m.network) = (true, true);
+        (m.store, m.network, m.stuck, m.stalled) = (true, true, false, None);
         // Three failed attempts at rejoining ask for a person; this is the person. An ended process is started again.
         if m.memory.rejoin_failures >= 3 || !m.agent {
             m.restart_agent();
         }
     }
-    toy.until("L1, L2: a leader with two streaming standbys", 2_500, whole);
+    toy.until("L1, L2: a leader with all standbys streaming", 2_500, |t| cluster.whole(t));
     let timelines: BTreeSet<u32> = toy.writers.iter().map(|(_, timeline)| *timeline).collect();
     assert_eq!(timelines.len(), toy.writers.len(), "S6: two promotions to one timeline: {:?}", toy.writers);
     toy.writers.len()
 }
 
-fn begin(toy: &mut Toy, random: &mut Random, faults: &mut Vec<(usize, Fault, &str)>, round: usize) {
-    let n = MEMBERS[random.below(3) as usize];
+fn begin(
+    toy: &mut Toy,
+    names: &'static [&'static str],
+    random: &mut Random,
+    faults: &mut Vec<(usize, Fault, &'static str)>,
+    round: usize,
+) {
+    let n = names[random.below(names.len() as u64) as usize];
     let longest = if random.one_in(3) { 250 } else { 30 };
     let until = round + 1 + random.below(longest) as usize;
-    let fault = match random.below(8) {
+    let fault = match random.below(11) {
         0 => {
             toy.member(n).die("signal 9");
             return;
@@ -82,19 +112,22 @@ fn begin(toy: &mut Toy, random: &mut Random, faults: &mut Vec<(usize, Fault, &st
         }
         2 => {
             // All of the store, for everybody.
-            MEMBERS.iter().for_each(|n| toy.member(n).store = false);
-            faults.extend(MEMBERS.map(|n| (until, Fault::Store, n)));
+            names.iter().for_each(|n| toy.member(n).store = false);
+            faults.extend(names.iter().map(|n| (until, Fault::Store, *n)));
             return;
         }
         3 => Fault::Host,
         4 => Fault::Agent,
         5 => Fault::Frozen,
         6 => Fault::Store,
+        7 | 8 => Fault::Stuck,
+        9 => Fault::Disk,
         _ => Fault::Network,
     };
     if faults.iter().any(|(_, _, other)| *other == n) {
         return;
     }
+    let now = toy.now;
     let m = toy.member(n);
     match fault {
         Fault::Host => {
@@ -104,6 +137,8 @@ fn begin(toy: &mut Toy, random: &mut Random, faults: &mut Vec<(usize, Fault, &st
         Fault::Agent | Fault::Frozen => m.agent = false,
         Fault::Store => m.store = false,
         Fault::Network => m.network = false,
+        Fault::Stuck => m.stuck = true,
+        Fault::Disk => m.stalled = Some(now),
     }
     faults.push((until, fault, n));
 }
@@ -115,6 +150,8 @@ fn end(toy: &mut Toy, fault: Fault, n: &str) {
         Fault::Frozen => m.agent = true,
         Fault::Store => m.store = true,
         Fault::Network => m.network = true,
+        Fault::Stuck => m.stuck = false,
+        Fault::Disk => m.stalled = None,
     }
 }
 
@@ -134,28 +171,33 @@ fn ask(toy: &mut Toy, round: usize, what: Operation) {
 }
 
 /// Runs the seeds and names the one that fails. `RANDOM_SEED` runs that one, `RANDOM_RUNS` so many.
-fn check(durability: Durability) {
+fn check(cluster: Cluster) {
     let of = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let first = of("RANDOM_SEED").unwrap_or(1);
     let runs = of("RANDOM_RUNS").unwrap_or(if of("RANDOM_SEED").is_some() { 1 } else { 10 });
     let mut promotions = 0;
     let mut failed = Vec::new();
     for seed in first..first + runs {
-        match catch_unwind(AssertUnwindSafe(|| run(seed, durability))) {
+        match catch_unwind(AssertUnwindSafe(|| run(seed, cluster))) {
             Ok(writers) => promotions += writers - 1,
             Err(_) => failed.push(seed),
         }
     }
-    assert!(failed.is_empty(), "{durability:?}: seeds {failed:?} failed; again with RANDOM_SEED=<seed> TOY_TRACE=1");
+    assert!(failed.is_empty(), "{cluster:?}: seeds {failed:?} failed; again with RANDOM_SEED=<seed> TOY_TRACE=1");
     assert!(promotions as u64 > runs, "nothing happened in {runs} runs");
 }
 
 #[test]
 fn whatever_happens_to_a_sync_cluster_nothing_acknowledged_is_lost_and_it_comes_back() {
-    check(Durability::Sync);
+    check(Cluster { durability: Durability::Sync, members: 3, k: 1 });
+}
+
+#[test]
+fn whatever_happens_to_a_set_of_two_of_three_nothing_acknowledged_is_lost_and_it_comes_back() {
+    check(Cluster { durability: Durability::Sync, members: 4, k: 2 });
 }
 
 #[test]
 fn whatever_happens_to_an_async_cluster_one_member_writes_and_it_comes_back() {
-    check(Durability::Async);
+    check(Cluster { durability: Durability::Async, members: 3, k: 1 });
 }

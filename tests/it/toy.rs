@@ -16,6 +16,7 @@ use pgvigil::core::records::{
     ClusterRecords, Durability, Entry, Key, Keyed, LeaderState, LeaseRecord, Position, SealRecord, Tags, Transaction,
     Write,
 };
+use pgvigil::core::storage::{Disk, Place, Probe, Space, Storage, StoragePolicy};
 use pgvigil::core::timeline::{History, HistoryEntry, TimelineId};
 use pgvigil::core::view::{
     DataDirectory, Durable, Exit, Guard, GuardState, JobKind, LeaseView, Local, LocalPostgres, Me, Memory, Policy,
@@ -52,6 +53,7 @@ pub fn policy(durability: Durability) -> Policy {
         member_publish: Duration::from_secs(3),
         reclone: true,
         rejoin_timeout: Duration::from_secs(60),
+        storage: StoragePolicy::default(),
     }
 }
 
@@ -76,8 +78,16 @@ pub struct Member {
     pub armed: Option<pgvigil::core::timeline::Term>,
     pub agent: bool,
     pub store: bool,
+    /// It lost the store in the middle of a change, for some rounds.
+    cut: bool,
     /// Can WAL be streamed from and to this member?
     pub network: bool,
+    /// Its walreceiver is stopped: the connection stands, nothing moves.
+    pub stuck: bool,
+    /// Since when writes to its data do not return. What was killed meanwhile does not end.
+    pub stalled: Option<Moment>,
+    /// Less room than PostgreSQL needs: a start fails.
+    pub full: bool,
     /// What is left of the plan that is being carried out.
     pub pending: VecDeque<Step>,
     pub exit: Option<Exit>,
@@ -89,6 +99,7 @@ pub struct Member {
     pub last: Option<Plan>,
 }
 
+#[derive(Clone)]
 pub struct Toy {
     pub now: Moment,
     pub records: ClusterRecords,
@@ -161,7 +172,11 @@ impl Toy {
                     armed: None,
                     agent: true,
                     store: true,
+                    cut: false,
                     network: true,
+                    stuck: false,
+                    stalled: None,
+                    full: false,
                     pending: VecDeque::new(),
                     exit: None,
                     starts: 0,
@@ -297,6 +312,10 @@ impl Toy {
         let names: Vec<MemberName> = self.members.keys().cloned().collect();
         for n in &names {
             if self.members[n].agent && !self.members[n].exited {
+                if self.members[n].cut && self.chance(20) {
+                    let m = self.member(n.as_str());
+                    (m.cut, m.store) = (false, true);
+                }
                 self.keep(n);
                 // A plan that was interrupted by a freeze goes on, whatever has happened since.
                 if self.members[n].pending.is_empty() {
@@ -314,9 +333,29 @@ impl Toy {
             if !self.execute(n, &step) {
                 self.member(n.as_str()).pending.clear();
             }
+            self.break_in_between(n, &step);
             if self.chance(300) {
                 self.member(n.as_str()).agent = false;
             }
+        }
+    }
+
+    /// A change of the synchronous set is most fragile between two of its steps: agent, PostgreSQL or store may go there.
+    fn break_in_between(&mut self, n: &MemberName, step: &Step) {
+        let changes_the_set = match step {
+            Step::Enforce { .. } => true,
+            Step::Commit { transaction, .. } => transaction.write.iter().any(|w| matches!(w, Write::Sync(_))),
+            _ => false,
+        };
+        if !changes_the_set || !self.chance(8) {
+            return;
+        }
+        let dice = self.trouble.as_mut().map_or(0, |random| random.below(3));
+        let m = self.member(n.as_str());
+        match dice {
+            0 => m.restart_agent(),
+            1 => m.die("signal 9"),
+            _ => (m.cut, m.store) = (true, false),
         }
     }
 
@@ -374,13 +413,13 @@ impl Toy {
     /// The primary writes a little; standbys that follow get it, in trouble not always.
     fn replicate(&mut self) {
         for m in self.members.values_mut() {
-            if let Pg::Primary { flushed, .. } = &mut m.pg {
+            if let (Pg::Primary { flushed, .. }, None) = (&mut m.pg, m.stalled) {
                 *flushed += 10;
             }
         }
         let all = self.members.clone();
         for n in all.keys() {
-            if !self.streams(n) || self.chance(3) {
+            if !self.streams(n) || all[n].stuck || all[n].stalled.is_some() || self.chance(3) {
                 continue;
             }
             let Some(Member { pg: Pg::Standby { timeline, history, replayed, follows: Some(follow) }, .. }) =
@@ -449,10 +488,13 @@ impl Toy {
         let receiver = if self.streams(n) { Receiver::Streaming } else { Receiver::None };
         let m = self.members.get_mut(n).unwrap();
         let guard = match &m.pg {
+            // SIGKILL waits for the disk.
+            Pg::Down if m.stalled.is_some() => GuardState::Survivors { count: 1 },
             Pg::Down => GuardState::Idle { exit: m.exit.clone() },
             Pg::Standby { .. } | Pg::Primary { .. } => GuardState::Running { postmaster: 1, armed: m.armed },
         };
         let postgres = match &m.pg {
+            Pg::Down if m.stalled.is_some() => LocalPostgres::Unknown { why: "killed; 1 process is left".to_owned() },
             Pg::Down => LocalPostgres::Down,
             Pg::Standby { timeline, history, replayed, follows } => LocalPostgres::Standby(StandbyFacts {
                 version: 150_000,
@@ -478,6 +520,7 @@ impl Toy {
                 rule_text: rule.clone(),
                 replicas,
                 slots: all_slots(&m.me),
+                slot_bound: None,
                 pending_restart: false,
                 exceptions: vec![],
             }),
@@ -487,6 +530,7 @@ impl Toy {
             data: m.data.clone(),
             postgres,
             guard: Guard { state: guard, real_time: true, control_group: true, death_covered: false },
+            storage: m.storage(now),
         };
         let store = if m.store {
             Store::Known { observed_at: now, records: Box::new(records) }
@@ -609,7 +653,8 @@ impl Toy {
             let trouble = self.trouble.take();
             self.replicate();
             self.acknowledge();
-            let there = order.to.as_ref().is_none_or(|to| self.streams(&to.member));
+            let acts = |n: &MemberName| !self.members[n].stuck && self.members[n].stalled.is_none();
+            let there = order.to.as_ref().is_none_or(|to| self.streams(&to.member) && acts(&to.member));
             self.trouble = trouble;
             let m = self.members.get_mut(n).unwrap();
             m.die_as("stopped", true);
@@ -637,6 +682,19 @@ impl Toy {
             return false;
         }
         let all = self.members.clone();
+        let acknowledging = match step {
+            Step::Enforce { to, .. } => {
+                let rule = to.to_string();
+                let names = |r: &&Replica| rule.contains(&format!("\"{}\"", r.application_name));
+                let replicas = self.replicas(n);
+                let acts = |r: &&Replica| {
+                    let (id, _) = parse_walreceiver_name(&r.application_name).unwrap();
+                    !all[&id.name].stuck && all[&id.name].stalled.is_none()
+                };
+                replicas.iter().filter(names).filter(acts).count() as u32
+            }
+            _ => 0,
+        };
         let m = self.members.get_mut(n).unwrap();
         if m.state_disk_full && matches!(step, Step::Remember { .. } | Step::Seal { .. }) {
             return false;
@@ -668,6 +726,12 @@ impl Toy {
             Step::Disarm => m.armed = None,
             Step::Arm { term } => m.armed = Some(*term),
             Step::Start { follow } => {
+                assert!(m.stalled.is_none(), "started on a disk that hangs, or beside what is left");
+                if m.full {
+                    m.starts += 1;
+                    m.exit = Some(Exit { how: "exit code 1".to_owned(), orderly: false, start_number: m.starts });
+                    return true;
+                }
                 assert!(
                     follow.is_some() || !m.memory.durable.must_follow,
                     "copied data never become consistent parked"
@@ -689,6 +753,10 @@ impl Toy {
                     return false;
                 }
                 m.memory.durable.sealed_term = *term;
+                // Its walreceiver hangs in the disk and does not end.
+                if m.stalled.is_some() || m.stuck {
+                    return false;
+                }
                 let Pg::Standby { timeline, history, replayed, follows } = &mut m.pg else { return false };
                 *follows = None;
                 let position = Position {
@@ -704,7 +772,7 @@ impl Toy {
             }
             Step::Promote { order } => {
                 let Pg::Standby { timeline, history, replayed, .. } = &m.pg else { return false };
-                let reserved = (order.parent.0, order.switch.0) == (*timeline, *replayed);
+                let reserved = (order.parent.0, order.switch.0) == (*timeline, *replayed) && m.stalled.is_none();
                 let deadline = match &m.lease {
                     LeaseView::Held { term, deadline } if *term == order.term && reserved => *deadline,
                     _ => {
@@ -733,6 +801,15 @@ impl Toy {
             Step::Enforce { to, .. } => {
                 if let Pg::Primary { rule, .. } = &mut m.pg {
                     *rule = to.to_string();
+                }
+                // The barrier returns when enough of the new set acknowledge it; the file is written anyway.
+                let passes = match to {
+                    SyncRule::Any { k, .. } => acknowledging >= *k && m.stalled.is_none(),
+                    SyncRule::Nobody | SyncRule::Cleared => true,
+                };
+                if !passes {
+                    m.ended(JobKind::Enforce { to: to.clone() }, Err("the barrier did not return"), now);
+                    return false;
                 }
                 m.ended(JobKind::Enforce { to: to.clone() }, Ok(()), now);
             }
@@ -847,6 +924,17 @@ impl Member {
         (self.armed, self.fence) = (None, None);
     }
 
+    fn storage(&self, now: Moment) -> Storage {
+        let probe = match self.stalled {
+            Some(since) => Probe::Waiting { since },
+            None => Probe::Works { at: now, latency_ms: 1 },
+        };
+        let free_bytes = if self.full { 1 << 20 } else { 100 << 30 };
+        let space = Some(Space { free_bytes, total_bytes: 200 << 30 });
+        let disk = Disk { path: "/data".to_owned(), probe, space };
+        Storage { places: BTreeMap::from([(Place::Data, disk)]), ..Storage::default() }
+    }
+
     fn keep_lease(&mut self, term: pgvigil::core::timeline::Term, revision: i64) {
         (self.kept, self.memory.kept_revision) = (Some(revision), Some(revision));
         if self.lease.term() != Some(term) {
@@ -904,5 +992,5 @@ fn present(timeline: u32) -> DataDirectory {
 }
 
 fn all_slots(me: &Me) -> BTreeMap<String, Option<Lsn>> {
-    me.configured.iter().filter(|n| **n != me.id.name).map(|n| (n.slot(), None)).collect()
+    me.configured.iter().filter(|n| **n != me.id.name).map(|n| (n.slot(), Some(Lsn(1)))).collect()
 }

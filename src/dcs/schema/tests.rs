@@ -83,6 +83,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         }),
         rule: "follow".to_owned(),
         reason: "follows node-b under term 5".to_owned(),
+        storage: StorageSummary { free_bytes: Some(5), ..Default::default() },
         beat: 77,
     };
     let person_wire = json!({"v": 1, "incarnation": "0000000000000001", "start_counter": 12, "boot_id": "boot",
@@ -91,7 +92,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         "api_url": "http://10.0.0.1:8008", "tags": tags_wire.clone(), "postgres_version": 150018, "agent_version": "0.1.0",
         "pending_restart": false,
         "job": {"what": "clone from node-b", "done_bytes": 1, "total_bytes": "18446744073709551615"},
-        "rule": "follow", "reason": "follows node-b under term 5", "beat": 77});
+        "rule": "follow", "reason": "follows node-b under term 5", "storage": {"trouble": null, "full": null, "free_bytes": 5, "data_bytes": null}, "beat": 77});
     let request = |what, outcome| {
         Write::Request(Request {
             id: "r-1".to_owned(),
