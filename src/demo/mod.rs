@@ -7,6 +7,7 @@
 
 mod cluster;
 pub mod control;
+pub mod disk;
 mod error;
 mod etcd;
 pub mod figures;

@@ -5,7 +5,7 @@
 //! With [`Toy::trouble`] set the steps of all members are done in a random order, so that plans are carried out on views that
 //! are not true any more; agents freeze between two steps, jobs fail, and commits lose their answers or land later.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use pgvigil::core::decide::decide;
@@ -363,7 +363,7 @@ impl Toy {
     fn acknowledge(&mut self) {
         let mut told = Vec::new();
         for (n, m) in &self.members {
-            let Pg::Primary { timeline, flushed, rule, .. } = &m.pg else { continue };
+            let Pg::Primary { timeline, history, flushed, rule } = &m.pg else { continue };
             let at = if rule.is_empty() {
                 *flushed
             } else {
@@ -377,7 +377,10 @@ impl Toy {
                 has.sort_unstable_by(|a, b| b.cmp(a));
                 has.get(k - 1).copied().unwrap_or(0)
             };
-            told.push((*timeline, at));
+            // Up to where it left its parent nothing was written on it.
+            if history.0.last().is_none_or(|parted| at > parted.switch.0) {
+                told.push((*timeline, at));
+            }
         }
         for (timeline, at) in told {
             let known = self.acknowledged.entry(timeline).or_default();
@@ -682,18 +685,9 @@ impl Toy {
             return false;
         }
         let all = self.members.clone();
-        let acknowledging = match step {
-            Step::Enforce { to, .. } => {
-                let rule = to.to_string();
-                let names = |r: &&Replica| rule.contains(&format!("\"{}\"", r.application_name));
-                let replicas = self.replicas(n);
-                let acts = |r: &&Replica| {
-                    let (id, _) = parse_walreceiver_name(&r.application_name).unwrap();
-                    !all[&id.name].stuck && all[&id.name].stalled.is_none()
-                };
-                replicas.iter().filter(names).filter(acts).count() as u32
-            }
-            _ => 0,
+        let passes = match step {
+            Step::Enforce { to: SyncRule::Any { k, members, .. }, .. } => self.barrier(n, *k, members),
+            _ => true,
         };
         let m = self.members.get_mut(n).unwrap();
         if m.state_disk_full && matches!(step, Step::Remember { .. } | Step::Seal { .. }) {
@@ -803,10 +797,6 @@ impl Toy {
                     *rule = to.to_string();
                 }
                 // The barrier returns when enough of the new set acknowledge it; the file is written anyway.
-                let passes = match to {
-                    SyncRule::Any { k, .. } => acknowledging >= *k && m.stalled.is_none(),
-                    SyncRule::Nobody | SyncRule::Cleared => true,
-                };
                 if !passes {
                     m.ended(JobKind::Enforce { to: to.clone() }, Err("the barrier did not return"), now);
                     return false;
@@ -846,6 +836,31 @@ impl Toy {
             Step::Exit => m.exited = true,
             Step::EndWalsenders { .. } | Step::KeepSlots { .. } | Step::Reload => {}
             Step::Commit { .. } | Step::HandOver { .. } | Step::FinishRequest { .. } => unreachable!("done above"),
+        }
+        true
+    }
+
+    /// A commit of the primary's own under the new rule: k of `named` have everything up to it when it returns.
+    fn barrier(&mut self, n: &MemberName, k: u32, named: &BTreeSet<MemberId>) -> bool {
+        let Pg::Primary { timeline, history, flushed, .. } = self.members[n].pg.clone() else { return false };
+        let follows = |id: &&MemberId| {
+            let m = &self.members[&id.name];
+            let here = matches!(&m.pg, Pg::Standby { follows: Some(f), .. } if f.upstream.member == *n
+                && parse_walreceiver_name(&f.walreceiver).is_some_and(|(known, _)| known == **id));
+            here && m.me.id == **id && !m.stuck && m.stalled.is_none() && self.streams(&id.name)
+        };
+        let mut able: Vec<MemberName> = named.iter().filter(follows).map(|id| id.name.clone()).collect();
+        if self.members[n].stalled.is_some() || able.len() < k as usize {
+            return false;
+        }
+        if self.chance(2) {
+            able.reverse();
+        }
+        for name in able.iter().take(k as usize) {
+            let m = self.member(name.as_str());
+            if let Pg::Standby { timeline: at, history: theirs, replayed, .. } = &mut m.pg {
+                (*at, *theirs, *replayed) = (timeline, history.clone(), flushed);
+            }
         }
         true
     }

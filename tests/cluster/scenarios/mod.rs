@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod commands;
+mod disks;
 mod durability;
 mod lifecycle;
 mod rejoin;
