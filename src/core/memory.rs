@@ -40,6 +40,7 @@ impl Memory {
         };
         if streaming {
             self.rejoin_failures = 0;
+            self.copies = 0;
         }
         self.round = Some(now);
         self
@@ -174,7 +175,12 @@ impl Memory {
                 self.phase("promoted", now);
             }
             JobKind::Seal { .. } if succeeded => self.phase("sealed", now),
-            JobKind::Clone { .. } | JobKind::Rewind { .. } if succeeded => self.retry_after = None,
+            JobKind::Clone { .. } | JobKind::Rewind { .. } if succeeded => {
+                self.retry_after = None;
+                // Crashes of what was there before say nothing about these data.
+                self.crashes.clear();
+                self.copies += u32::from(matches!(what, JobKind::Clone { .. }));
+            }
             JobKind::Clone { .. } | JobKind::Rewind { .. } | JobKind::Bootstrap => {
                 if !succeeded {
                     self.rejoin_failures += 1;

@@ -354,6 +354,9 @@ pub struct Memory {
     /// Whom PostgreSQL was last started to follow.
     pub started: Option<Follow>,
     pub rejoin_failures: u32,
+    /// Copies that were made since this member last streamed: each sets the one before aside.
+    #[serde(default)]
+    pub copies: u32,
     /// Nothing of this kind is tried again before.
     pub retry_after: Option<Moment>,
     /// Operations being worked on here.

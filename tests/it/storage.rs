@@ -331,6 +331,46 @@ fn a_crash_on_a_full_disk_ends_in_one_failover_and_no_loop() {
     toy.until("it comes back by itself", 700, two_standbys);
 }
 
+/// Crashes of the data before counted against each new copy, which was set aside without ever being started, for ever.
+#[test]
+fn a_copy_is_started_whatever_the_data_before_it_did() {
+    let mut toy = running(Durability::Sync);
+    let leader = toy.leader().unwrap();
+    let n = others(&leader).remove(0);
+    for _ in 0..2 {
+        toy.member(n.as_str()).die("signal 6");
+        toy.until("it is back", 200, two_standbys);
+    }
+    assert_eq!(toy.members[&n].memory.crashes.len(), 2);
+    crate::decide::ask(&mut toy, pgvigil::core::records::Operation::Reinit { member: n.clone() });
+    let incarnation = toy.members[&n].me.id.incarnation;
+    toy.until("copied and streaming", 400, |t| t.members[&n].me.id.incarnation != incarnation && two_standbys(t));
+    assert_eq!(toy.members[&n].me.id.incarnation.0, incarnation.0 + 100, "one copy");
+}
+
+#[test]
+fn copies_that_never_stream_end_with_a_question() {
+    let mut view = cluster().leader("a", 4).standby("b", lag(0)).sync(1, []).seen_by("b");
+    view.memory.not_streaming = Some(ago(100));
+    assert_eq!(decide(&view).rule, "follow.reclone");
+    view.memory.copies = 3;
+    assert_eq!(decide(&view).rule, "follow.ask");
+}
+
+#[test]
+fn diverged_data_on_a_full_disk_stay_as_they_are() {
+    let mut view = cluster().leader("a", 4).standby("b", lag(0)).sync(1, []).seen_by("b");
+    let pgvigil::core::view::Store::Known { records, .. } = &mut view.store else { panic!("readable") };
+    let pgvigil::core::records::Entry::Present(leader) = &mut records.leader else { panic!("a leader") };
+    let last = leader.value.last.as_mut().unwrap();
+    (last.timeline, last.parent, last.switch) =
+        (pgvigil::core::TimelineId(2), Some(pgvigil::core::TimelineId(1)), Some(lag(100)));
+    assert_eq!(decide(&view).rule, "follow.rewind");
+    with_disk(&mut view, Place::Data, Probe::Works { at: NOW, latency_ms: 1 });
+    view.local.storage.places.get_mut(&Place::Data).unwrap().space = Some(Space { free_bytes: 0, total_bytes: 1 << 30 });
+    assert_eq!(decide(&view).rule, "follow.full");
+}
+
 #[test]
 fn a_standby_with_room_goes_before_a_full_one() {
     let mut toy = running(Durability::Sync);

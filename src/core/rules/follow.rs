@@ -243,6 +243,10 @@ fn diverged(facts: &Facts<'_>, record: &LeaderRecord, timeline: TimelineId, why:
     if record.state != LeaderState::Held {
         return Plan::new("follow.diverged", format!("{why}; waiting for the new leader to be settled"));
     }
+    if crate::core::storage::full(view).is_some() {
+        // Both need room, and failing at it would cost the data that are here.
+        return Plan::new("follow.full", format!("{why}; neither rewound nor cloned on a full disk"));
+    }
     if let Some(after) = view.memory.retry_after
         && !view.now.any_reached(after)
     {
@@ -280,12 +284,13 @@ fn reclone(facts: &Facts<'_>, because: String) -> Plan {
             format!("{because}; the leader is silent, so the data stay where they are"),
         );
     }
-    if facts.view.memory.rejoin_failures >= REJOIN_ATTEMPTS {
+    let memory = &facts.view.memory;
+    if memory.rejoin_failures >= REJOIN_ATTEMPTS || memory.copies >= REJOIN_ATTEMPTS {
         return Plan::new(
             "follow.ask",
             format!(
                 "{because}; {} attempts failed, nothing more is tried: look at the log, then `pgvigil reinit {}`",
-                facts.view.memory.rejoin_failures,
+                memory.rejoin_failures.max(memory.copies),
                 facts.me().name
             ),
         );
