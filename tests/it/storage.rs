@@ -331,6 +331,24 @@ fn a_crash_on_a_full_disk_ends_in_one_failover_and_no_loop() {
     toy.until("it comes back by itself", 700, two_standbys);
 }
 
+/// It goes before it stalls a commit, as long as the others are enough.
+#[test]
+fn a_standby_without_room_leaves_the_set_while_others_are_enough() {
+    let mut toy = running(Durability::Sync);
+    let leader = toy.leader().unwrap();
+    let (b, c) = (others(&leader).remove(0), others(&leader).remove(1));
+    toy.member(b.as_str()).full = true;
+    let alone = |t: &Toy, n: &MemberName| {
+        t.records.sync.value().is_some_and(|s| s.k == 1 && s.members.iter().map(|id| &id.name).eq([n]))
+    };
+    toy.until("c alone", 60, |t| alone(t, &c));
+    toy.member(c.as_str()).full = true;
+    for _ in 0..60 {
+        toy.round();
+        assert!(toy.records.sync.value().is_some_and(|s| s.k == 1), "somebody is better than nobody");
+    }
+}
+
 /// Crashes of the data before counted against each new copy, which was set aside without ever being started, for ever.
 #[test]
 fn a_copy_is_started_whatever_the_data_before_it_did() {
@@ -367,7 +385,8 @@ fn diverged_data_on_a_full_disk_stay_as_they_are() {
         (pgvigil::core::TimelineId(2), Some(pgvigil::core::TimelineId(1)), Some(lag(100)));
     assert_eq!(decide(&view).rule, "follow.rewind");
     with_disk(&mut view, Place::Data, Probe::Works { at: NOW, latency_ms: 1 });
-    view.local.storage.places.get_mut(&Place::Data).unwrap().space = Some(Space { free_bytes: 0, total_bytes: 1 << 30 });
+    view.local.storage.places.get_mut(&Place::Data).unwrap().space =
+        Some(Space { free_bytes: 0, total_bytes: 1 << 30 });
     assert_eq!(decide(&view).rule, "follow.full");
 }
 

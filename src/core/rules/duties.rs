@@ -97,6 +97,12 @@ pub fn wanted(facts: &Facts<'_>, claim: &SyncClaim, primary: &PrimaryFacts) -> W
             members.insert(id);
         }
     }
+    // A member without room or with a failing disk is about to stop acknowledging: it goes while others are enough.
+    let able =
+        |id: &MemberId| facts.records.members.get(&id.name).is_some_and(|m| m.value.storage.hindrance().is_none());
+    if members.iter().filter(|id| able(id)).count() as u32 >= view.policy.k {
+        members.retain(able);
+    }
     let enough = (members.len() as u32).min(view.policy.k);
     let mode = view.policy.durability;
     if mode == Durability::Strict && enough < view.policy.k.min(claim.k.max(1)) && claim.k > 0 {

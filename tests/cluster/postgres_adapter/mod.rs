@@ -616,3 +616,24 @@ async fn a_server_filled_by_clients_is_still_sealed() {
     a.promote(2).await;
     a.enforce(Some(&SyncRule::Nobody), &SyncRule::Cleared).await.unwrap();
 }
+
+/// A read that hangs makes the directory unknown, in time, and holds up nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_directory_whose_disk_hangs_is_unknown() {
+    if skipped() {
+        return;
+    }
+    let cluster = Cluster::new(&["node-a"]);
+    let a = cluster.member("node-a");
+    let data = a.data_dir().to_owned();
+    std::fs::create_dir_all(data.join("global")).unwrap();
+    std::fs::write(data.join("PG_VERSION"), "15\n").unwrap();
+    // Opening it waits until somebody writes.
+    nix::unistd::mkfifo(&data.join("global/pg_control"), nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    for _ in 0..3 {
+        let asked = Instant::now();
+        let found = a.server.data_directory(SOON).await;
+        assert!(matches!(&found, DataDirectory::Unknown { why } if why.contains("hangs")), "{found:?}");
+        assert!(asked.elapsed() < 3 * SOON, "{:?}", asked.elapsed());
+    }
+}

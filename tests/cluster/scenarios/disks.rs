@@ -100,6 +100,13 @@ async fn a_full_disk_of_the_primary_ends_in_one_failover_and_it_returns_when_the
         Disk::in_memory(400 << 20, directory).await.map_err(|error| error.to_string())
     };
     let Some((cluster, disk, writer)) = on_its_own_disk(small, "[storage]\nmin_free = \"32MB\"").await else { return };
+    // What slots keep is bounded by the free disk, as soon as it is known.
+    until("slots are bounded", async || {
+        let session = cluster.connect(0, &Login::app()).await.ok()?;
+        let row = session.query_one("SELECT current_setting('max_slot_wal_keep_size')", &[]).await.ok()?;
+        (row.get::<_, &str>(0) == "128MB").then_some(())
+    })
+    .await;
     let filler = cluster.members[0].directory.join("pg/filler");
     {
         let mut file = std::fs::File::create(&filler).unwrap();
