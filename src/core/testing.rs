@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::lease::Timings;
+use super::lease::{Takeover, Timings};
 use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
 use super::plan::{Follow, Plan, Source, SyncRule, walreceiver_name};
@@ -57,6 +57,7 @@ pub fn policy() -> Policy {
         rejoin_timeout: Duration::from_secs(60),
         reclone: true,
         storage: StoragePolicy::default(),
+        takeover: Takeover::default(),
     }
 }
 
@@ -103,6 +104,8 @@ impl Cluster {
             term,
             state: LeaderState::Held,
             ttl_ms: 8_000,
+            takeover_ms: 2_000,
+            taken: None,
             lsn: None,
             last: Some(last),
         };
@@ -170,6 +173,7 @@ impl Cluster {
             agent_version: "0.1.0".to_owned(),
             pending_restart: false,
             job: None,
+            overtaken: None,
             rule: "follower".to_owned(),
             reason: "follows the leader".to_owned(),
             storage: StorageSummary::default(),
@@ -226,6 +230,7 @@ impl Cluster {
                 None => LeaseView::None,
             },
             memory: self.memory(leads.is_some()),
+            peers: BTreeMap::new(),
             job: None,
             stopping: false,
         }
@@ -296,6 +301,7 @@ impl Cluster {
                 term: leader.term,
             }),
             receiver: if leader.is_some() { Receiver::Streaming } else { Receiver::None },
+            last_message: leader.map(|_| LastMessage { mark: 1, age_ms: 0 }),
             pending_restart: false,
             slots: BTreeMap::new(),
         }

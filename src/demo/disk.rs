@@ -8,7 +8,7 @@ use super::DemoError;
 
 /// A mounted file system. Dropped, it is thawed and unmounted, and its loop device is given back.
 pub struct Disk {
-    mounted: PathBuf,
+    pub mounted: PathBuf,
     device: Option<PathBuf>,
 }
 

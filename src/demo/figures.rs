@@ -15,10 +15,9 @@ use nix::sys::time::TimeVal;
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
-use super::disk::Disk;
 use super::processes;
 use super::writer::Writer;
-use super::{Cluster, DemoError, Options, sql};
+use super::{Cluster, DemoError, Disk, Options, sql};
 use crate::guardian::wire::{self, Clocks, How, MAX_ANSWER, Request, Status};
 
 const PATIENCE: Duration = Duration::from_secs(90);

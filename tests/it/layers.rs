@@ -20,6 +20,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("fencing", &["ports", "config", "core", "guardian"]),
     // Shared memory is the guardian's: the one file with unsafe code.
     ("storage", &["ports", "config", "core", "guardian"]),
+    ("peers", &["ports", "config", "core"]),
     ("agent", &["ports", "config", "core"]),
     ("api", &["ports", "config", "core", "agent::status"]),
     ("guardian", &[]),

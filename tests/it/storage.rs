@@ -447,7 +447,7 @@ fn who_streams_without_acknowledging_is_waited_for_no_longer_than_max_stall() {
         let leader = toy.leader().unwrap();
         let ill: Vec<&str> = names.iter().copied().filter(|n| name(n) != leader).take(stuck).collect();
         for n in &ill {
-            toy.member(n).stuck = true;
+            toy.member(n).halted = true;
         }
         let silence = longest_silence(&mut toy, 150);
         let what = format!("{names:?}, k = {k}, {stuck} stuck");
@@ -455,7 +455,7 @@ fn who_streams_without_acknowledging_is_waited_for_no_longer_than_max_stall() {
         let left = (all - stuck) as u32;
         assert!(whole(&toy, k.min(left), all - stuck), "{what}: {:?}", toy.records.sync.value());
         for n in &ill {
-            toy.member(n).stuck = false;
+            toy.member(n).halted = false;
         }
         toy.until("it returns", 200, |t| whole(t, k, all));
         assert_eq!((toy.leader(), toy.writers.len()), (Some(leader), 1), "{what}");
@@ -468,10 +468,10 @@ fn strict_waits_for_who_does_not_acknowledge() {
     toy.until("a cluster", 400, |t| whole(t, 1, 1));
     let leader = toy.leader().unwrap();
     let other = if leader == name("a") { "b" } else { "a" };
-    toy.member(other).stuck = true;
+    toy.member(other).halted = true;
     assert!(longest_silence(&mut toy, 200) > secs(15));
     assert!(whole(&toy, 1, 1), "the claim stays");
-    toy.member(other).stuck = false;
+    toy.member(other).halted = false;
     assert!(longest_silence(&mut toy, 100) < secs(3));
 }
 
@@ -483,9 +483,9 @@ fn who_flaps_stays_away_longer_each_time() {
     let other = if toy.leader() == Some(name("a")) { "b" } else { "a" };
     let mut away = Vec::new();
     for _ in 0..4 {
-        toy.member(other).stuck = true;
+        toy.member(other).halted = true;
         toy.until("it leaves", 60, |t| whole(t, 0, 0));
-        toy.member(other).stuck = false;
+        toy.member(other).halted = false;
         let since = toy.now;
         toy.until("it returns", 700, |t| whole(t, 1, 1));
         away.push(toy.now.since(since).as_secs());
@@ -501,7 +501,7 @@ fn who_stops_acknowledging_in_the_middle_of_a_change_of_the_set_does_not_stop_co
     toy.until("a cluster", 400, |t| whole(t, 2, 3));
     let leader = toy.leader().unwrap();
     let others: Vec<&str> = ["a", "b", "c", "d"].into_iter().filter(|n| name(n) != leader).collect();
-    toy.member(others[0]).stuck = true;
+    toy.member(others[0]).halted = true;
     // The set shrinks to the other two, and one of them goes the same way in that moment.
     let shrinks = |t: &Toy| t.members[&leader].last.as_ref().is_some_and(|p| p.rule == "leader.sync_enforce");
     for _ in 0..60 {
@@ -510,11 +510,11 @@ fn who_stops_acknowledging_in_the_middle_of_a_change_of_the_set_does_not_stop_co
             let mut ahead = toy.clone();
             ahead.round();
             if shrinks(&ahead) {
-                toy.member(others[1]).stuck = true;
+                toy.member(others[1]).halted = true;
             }
         }
     }
-    assert!(toy.members[&name(others[1])].stuck, "the moment was found");
+    assert!(toy.members[&name(others[1])].halted, "the moment was found");
     let silence = longest_silence(&mut toy, 150);
     assert!(silence < secs(6), "{silence:?}: {:?}", toy.records.sync.value());
     assert!(whole(&toy, 1, 1), "{:?}", toy.records.sync.value());
@@ -531,6 +531,6 @@ fn a_winner_does_not_wait_for_ever_for_a_follower_that_stands_still() {
     toy.member(old.as_str()).agent = false;
     toy.until("promoted", 200, |t| matches!(t.members[&name(other)].pg, Pg::Primary { .. }));
     toy.member(old.as_str()).restart_agent();
-    toy.member(old.as_str()).stuck = true;
+    toy.member(old.as_str()).halted = true;
     toy.until("open", 200, |t| t.leader() == Some(name(other)));
 }

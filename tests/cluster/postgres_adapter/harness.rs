@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pgvigil::config::*;
-use pgvigil::core::lease::Timings;
+use pgvigil::core::lease::{Takeover, Timings};
 use pgvigil::core::names::{ClusterName, Incarnation, MemberId, MemberName};
 use pgvigil::core::plan::{Follow, PromoteOrder, Source, SyncRule, walreceiver_name};
 use pgvigil::core::records::{Durability, Tags};
@@ -130,6 +130,7 @@ impl Cluster {
                 rejoin_timeout: Duration::from_secs(60),
                 reclone: true,
                 storage: StoragePolicy::default(),
+                takeover: Takeover::default(),
             },
             tags: Tags::default(),
             api: ApiConfig {
