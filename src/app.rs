@@ -167,6 +167,7 @@ fn start_api(
                 what: request.what,
                 asked_by: request.asked_by,
                 timeout: request.timeout,
+                force: request.force,
                 answer: answer_tx,
             };
             if asked.send(passed).await.is_err() {

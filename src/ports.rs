@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::core::names::MemberName;
 use crate::core::peers::{Answer, Question, Tried};
 use crate::core::plan::{Follow, PromoteOrder, SyncRule};
-use crate::core::records::{ClusterRecords, Position, Transaction};
+use crate::core::records::{ClusterRecords, KeptWal, Position, Transaction};
 use crate::core::storage::Storage;
 use crate::core::timeline::{History, Term, TimelineId};
 use crate::core::view::{DataDirectory, Guard, LocalPostgres};
@@ -115,6 +115,11 @@ pub trait Postgres: Send + Sync {
 
     /// What is in the data directory. Reads small files only; a disk that does not give them in time makes it unknown.
     async fn data_directory(&self, within: Duration) -> DataDirectory;
+
+    /// What earlier rewinds kept of WAL that only this member had.
+    async fn kept(&self) -> Vec<KeptWal> {
+        Vec::new()
+    }
 
     /// Writes configuration, `standby.signal` and hba for the given start, removes planted history files that were not
     /// used, checks that nothing would end recovery by itself, and says what the guardian has to start.

@@ -110,6 +110,13 @@ const CHANGE_BODY: &[(&str, &str)] = &[
     ("request_id", "the same id twice is the same request; one is made up unless given"),
     ("timeout_ms", "after so long everything is put back"),
 ];
+const FAILOVER_BODY: &[(&str, &str)] = &[
+    ("to", "the member that shall lead; the best standby unless named"),
+    ("force", "past what the store claims: the caller has seen in /v1/explain what is lost"),
+    ("off", "with force: members whose hosts are off by the caller's word, so that nobody waits for their lease"),
+    ("request_id", "the same id twice is the same request; one is made up unless given"),
+    ("timeout_ms", "after so long everything is put back"),
+];
 const MEMBER_BODY: &[(&str, &str)] = &[
     ("member!", "the member"),
     ("request_id", "the same id twice is the same request; one is made up unless given"),
@@ -241,7 +248,7 @@ pub const ROUTES: &[Route] = &[
     Route {
         path: "/v1/failover",
         summary: "elects a new leader although the old one may not be there",
-        body: CHANGE_BODY,
+        body: FAILOVER_BODY,
         handler: |m| on(m, operations::failover),
         ..ASK
     },

@@ -47,6 +47,7 @@ pub(super) fn config(path: &Path, text: &str, environment: Environment<'_>) -> R
         &file.crash,
         &file.rejoin,
         &file.storage,
+        &file.cold_start,
         &file.member,
         &file.postgresql,
     )?;
@@ -439,6 +440,7 @@ impl Check<'_> {
         crash: &raw::Crash,
         rejoin: &raw::Rejoin,
         storage: &raw::Storage,
+        cold_start: &raw::ColdStart,
         member: &raw::MemberSection,
         postgresql: &raw::Postgresql,
     ) -> Result<Policy, ConfigError> {
@@ -482,6 +484,7 @@ impl Check<'_> {
             )?,
             member_publish: self.span("member.publish", member.publish, seconds(3), millis(200), seconds(60))?,
             reclone: rejoin.reclone.unwrap_or(true),
+            cold_start_wait: self.span("cold_start.wait", cold_start.wait, seconds(60), seconds(0), seconds(86_400))?,
             rejoin_timeout: self.span("rejoin.timeout", rejoin.timeout, seconds(60), seconds(5), seconds(86_400))?,
             storage: StoragePolicy {
                 stall_after: self.span(

@@ -24,6 +24,7 @@ pub(super) struct File {
     pub crash: Crash,
     pub rejoin: Rejoin,
     pub storage: Storage,
+    pub cold_start: ColdStart,
     pub member: MemberSection,
     pub postgresql: Postgresql,
     pub tags: Tags,
@@ -106,6 +107,12 @@ pub(super) struct Rejoin {
 pub(super) struct Storage {
     pub stall_after: Option<Span>,
     pub min_free: Option<Size>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct ColdStart {
+    pub wait: Option<Span>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -14,6 +14,7 @@ pub mod lint;
 pub mod lsn;
 pub mod memory;
 pub mod names;
+pub mod outlook;
 pub mod peers;
 pub mod plan;
 pub mod publish;

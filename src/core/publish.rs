@@ -56,7 +56,12 @@ fn changed(before: &MemberRecord, now: &MemberRecord) -> bool {
         (
             (r.incarnation, r.start_counter, r.data.clone(), r.role, settled(&r.state)),
             (r.timeline, r.term, r.host.clone(), r.port, r.tags.clone()),
-            (r.pending_restart, r.job.as_ref().map(|j| j.what.clone()), r.overtaken.max(before.overtaken)),
+            (
+                r.pending_restart,
+                r.job.as_ref().map(|j| j.what.clone()),
+                r.overtaken.max(before.overtaken),
+                r.kept.clone(),
+            ),
             (r.storage.trouble.is_some(), r.storage.full.is_some()),
         )
     };
@@ -105,6 +110,8 @@ pub fn record(view: &View, plan: &Plan) -> MemberRecord {
         reason: plan.reason.clone(),
         storage: storage(view),
         beat: 0,
+        witness: view.memory.witness,
+        kept: view.local.kept.clone(),
     }
 }
 

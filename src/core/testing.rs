@@ -58,6 +58,7 @@ pub fn policy() -> Policy {
         reclone: true,
         storage: StoragePolicy::default(),
         takeover: Takeover::default(),
+        cold_start_wait: secs(60),
     }
 }
 
@@ -178,6 +179,8 @@ impl Cluster {
             reason: "follows the leader".to_owned(),
             storage: StorageSummary::default(),
             beat: 7,
+            witness: true,
+            kept: Vec::new(),
         };
         self.records.members.insert(id.name, Keyed { revision: 90, value: record });
         self
@@ -223,6 +226,7 @@ impl Cluster {
                 postgres,
                 guard: Guard { state, real_time: true, control_group: true, death_covered: true },
                 storage: Storage::default(),
+                kept: Vec::new(),
             },
             store: Store::Known { observed_at: self.now, records: Box::new(self.records.clone()) },
             lease: match leads {
@@ -248,6 +252,8 @@ impl Cluster {
             },
             silence: Silence::observe(None, &self.records, self.now),
             beats: self.records.members.iter().map(|(n, m)| (n.clone(), (m.value.beat, self.now))).collect(),
+            spoke: self.records.members.keys().map(|n| (n.clone(), self.now)).collect(),
+            witness: true,
             enforced: if leads { self.enforced.clone() } else { None },
             ..Memory::default()
         }

@@ -152,6 +152,7 @@ fn with_request(id: &str, outcome: Option<Outcome>) -> View {
         timeout_ms: 1_000,
         began: None,
         outcome,
+        force: None,
     };
     let add = |records: &mut ClusterRecords| {
         records.requests.insert(id.to_owned(), Keyed { revision: 1, value });

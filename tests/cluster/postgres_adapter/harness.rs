@@ -131,6 +131,7 @@ impl Cluster {
                 reclone: true,
                 storage: StoragePolicy::default(),
                 takeover: Takeover::default(),
+                cold_start_wait: Duration::from_secs(60),
             },
             tags: Tags::default(),
             api: ApiConfig {
