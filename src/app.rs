@@ -30,6 +30,7 @@ use crate::fencing::{GuardianFence, GuardianOptions, SystemClock};
 use crate::peers::HttpPeers;
 use crate::ports::{Clock, Dcs, Fence, Postgres};
 use crate::postgres::{LocalServer, roles};
+use crate::storage::ProbeProcesses;
 
 /// How long the API may take to finish its answers at the end.
 const API_DRAIN: Duration = Duration::from_secs(2);
@@ -64,6 +65,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     let options = GuardianOptions::new(&config.guardian, &config.cluster, &config.name, config.policy.timings.ttl);
     let fence = Arc::new(GuardianFence::new(options));
     fence.attach().await.context("attach to the guardian")?;
+    let disks = ProbeProcesses::start(&config).context("start the storage probes")?;
     let keeper =
         LeaseKeeper::start(dcs.clone(), clock.clone(), config.policy.timings).context("start the lease keeper")?;
     keeper.use_page(fence.page());
@@ -84,6 +86,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         dcs,
         postgres,
         fence: fence.clone(),
+        disks: Arc::new(disks),
         clock: clock.clone(),
         keeper: Arc::new(keeper),
         peers: Arc::new(peers),

@@ -7,7 +7,7 @@
 
 mod cluster;
 pub mod control;
-mod disk;
+pub mod disk;
 mod error;
 mod etcd;
 pub mod figures;

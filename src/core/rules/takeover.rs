@@ -39,6 +39,9 @@ pub fn rule(view: &View) -> Option<Plan> {
     if view.me.tags.nofailover || view.me.tags.failover_priority == 0 {
         return wait("this member is tagged nofailover and does not stand".to_owned());
     }
+    if super::storage::not_to_lead(view).is_some() {
+        return wait("this member does not stand".to_owned());
+    }
     let limit = view.policy.crash_max_restarts as usize;
     if view.memory.crashes.len() > limit {
         return Some(Plan::new(

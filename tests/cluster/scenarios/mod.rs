@@ -4,6 +4,7 @@
 mod bad_input;
 mod cold_start;
 mod commands;
+mod disks;
 mod durability;
 mod lifecycle;
 mod rejoin;
