@@ -162,8 +162,7 @@ fn one(seen: &Seen, step: &Step, out: &mut Outcome) {
             now.begin = true;
             let from = from.as_ref().map(rule_of).unwrap_or_default();
             let to = rule_of(to);
-            let phase = if goes_through_nobody(from, to) { Phase::Nobody } else { Phase::Written };
-            out.work = Work::Enforce { phase, to };
+            out.work = Work::Enforce { phase: Phase::Decided, through_nobody: goes_through_nobody(from, to), to };
         }
         (other, work) => unreachable!("the model knows no {other:?} behind {work:?} ({behind})"),
     }

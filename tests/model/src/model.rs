@@ -79,34 +79,34 @@ pub enum Flaw {
     None,
     /// The position is read while the startup process still acts by the old settings.
     SealWithoutStartup,
-    /// A seal without a promise on disk.
-    SealWithoutPromise,
     /// The barrier begins before every walsender has the rule.
     BarrierBeforeRows,
     /// The rule is written and believed.
     NoBarrier,
     /// A promoted server begins with an empty rule.
     PromoteCleared,
-    /// A signal to the postmaster alone: backends outlive it and acknowledge.
-    HalfKill,
+    /// PostgreSQL is not killed when its agent says so. In sync mode the seals alone have to be enough: not a violation.
+    NoKill,
     /// Released waits count as success.
     CancelAcknowledges,
-    /// History files between are not planted.
-    NothingPlanted,
+    /// From no rule to some without seeing a commit wait.
+    PastNobody,
+    /// Whoever streams under a member's name votes, whichever life of its data that is.
+    NamesWithoutLife,
     /// The guardian is not armed.
     Unarmed,
 }
 
 pub const FLAWS: [(&str, Flaw); 9] = [
     ("seal-without-startup", Flaw::SealWithoutStartup),
-    ("seal-without-promise", Flaw::SealWithoutPromise),
     ("barrier-before-rows", Flaw::BarrierBeforeRows),
     ("no-barrier", Flaw::NoBarrier),
     ("promote-cleared", Flaw::PromoteCleared),
-    ("half-kill", Flaw::HalfKill),
+    ("past-nobody", Flaw::PastNobody),
+    ("names-without-life", Flaw::NamesWithoutLife),
     ("cancel-acknowledges", Flaw::CancelAcknowledges),
-    ("nothing-planted", Flaw::NothingPlanted),
     ("unarmed", Flaw::Unarmed),
+    ("no-kill", Flaw::NoKill),
 ];
 
 pub struct Cluster {
@@ -361,7 +361,7 @@ impl Cluster {
             w.broken = broken::KILLED;
         }
         w.members[i].memory.enforced = Rule::Unknown;
-        if self.flaw == Flaw::HalfKill && w.members[i].pg == Pg::Primary {
+        if self.flaw == Flaw::NoKill && w.members[i].pg == Pg::Primary {
             return;
         }
         w.die(i);
@@ -376,10 +376,8 @@ impl Cluster {
                     (m.work, m.txn) = (Work::None, Txn::default());
                     return;
                 }
-                if self.flaw != Flaw::SealWithoutPromise {
-                    m.sealed_term = term;
-                    m.highest_term = m.highest_term.max(term);
-                }
+                m.sealed_term = term;
+                m.highest_term = m.highest_term.max(term);
                 w.follow(i, Upstream::default());
             }
             Work::Promote { term, .. } => {
@@ -390,9 +388,6 @@ impl Cluster {
                 } else {
                     self.job_fails(w, i);
                 }
-            }
-            Work::Enforce { phase, to } => {
-                w.write_rule(i, if phase == Phase::Nobody { Rule::Nobody } else { to });
             }
             Work::Rewind { .. } => w.die(i),
             _ => {}
@@ -419,10 +414,8 @@ impl Cluster {
                 if m.must_follow || m.sealed_term != term {
                     w.broken = broken::UNGUARDED;
                 }
-                if self.flaw != Flaw::NothingPlanted {
-                    for between in m.timeline + 1..number {
-                        w.members[i].histories |= 1 << between;
-                    }
+                for between in m.timeline + 1..number {
+                    w.members[i].histories |= 1 << between;
                 }
                 let became = (w.promoted_number(i), m.timeline, m.flushed);
                 if became != (number, parent, switch) {
@@ -441,11 +434,11 @@ impl Cluster {
                 m.memory.enforced = Rule::Nobody;
                 m.work = Work::None;
             }
-            Work::Enforce { phase, to } => {
+            Work::Enforce { phase, through_nobody, to } => {
                 if m.pg != Pg::Primary {
                     return None;
                 }
-                self.enforce(w, i, phase, to)?;
+                self.enforce(w, i, phase, through_nobody, to)?;
             }
             Work::Rewind { from } => {
                 let source = w.members[usize::from(from)];
@@ -474,17 +467,25 @@ impl Cluster {
     }
 
     /// `postgres/enforce.rs`, one wait after another.
-    fn enforce(&self, w: &mut World, p: usize, phase: Phase, to: Rule) -> Option<()> {
+    fn enforce(&self, w: &mut World, p: usize, phase: Phase, through_nobody: bool, to: Rule) -> Option<()> {
         let early = self.flaw == Flaw::BarrierBeforeRows;
         let voting: Vec<usize> = (0..MEMBERS).filter(|s| w.votes(p, *s)).collect();
         let next = match (phase, to) {
+            (Phase::Decided, _) if through_nobody && self.flaw != Flaw::PastNobody => {
+                w.write_rule(p, Rule::Nobody);
+                Some(Phase::Nobody)
+            }
+            (Phase::Decided, _) => {
+                w.write_rule(p, to);
+                matches!(to, Rule::Any { .. }).then_some(Phase::Written)
+            }
             (Phase::Nobody, _) => {
                 // A commit of ours is seen waiting, and nobody has a vote any more.
                 if !w.members[p].flag || !voting.is_empty() && !early {
                     return None;
                 }
                 w.write_rule(p, to);
-                (to != Rule::Nobody).then_some(Phase::Written)
+                matches!(to, Rule::Any { .. }).then_some(Phase::Written)
             }
             (Phase::Written, Rule::Any { .. }) => {
                 let row = |s: usize| w.members[p].walsenders[s].inc;
@@ -504,7 +505,7 @@ impl Cluster {
         };
         let m = &mut w.members[p];
         match next {
-            Some(phase) => m.work = Work::Enforce { phase, to },
+            Some(phase) => m.work = Work::Enforce { phase, through_nobody, to },
             None => {
                 m.work = Work::None;
                 m.memory.enforced = to;
@@ -890,6 +891,12 @@ impl Cluster {
             }
             Action::Connect(n) => {
                 w.connect(at(n));
+                if self.flaw == Flaw::NamesWithoutLife {
+                    let p = at(w.members[at(n)].acts_by.member);
+                    w.members[p].walsenders[at(n)].inc = 0;
+                    w.members[at(n)].acts_by.inc = 0;
+                    w.members[at(n)].conninfo.inc = 0;
+                }
                 w.stream(at(n));
             }
             Action::Stream(n) => w.stream(at(n)),

@@ -87,11 +87,14 @@ fn job(who: &str, before: &Member, after: &Member) -> String {
             format!("{who} is promoted to timeline {} at {}", after.timeline, after.flushed)
         }
         Work::Promote { number, .. } => format!("{who}: the promotion does not become timeline {number}: killed"),
+        Work::Enforce { phase: Phase::Decided, to, .. } => format!("{who} begins to put {to:?} into force"),
         Work::Enforce { phase: Phase::Nobody, .. } => format!("{who}: a commit waits for nobody; the rule is written"),
         Work::Enforce { phase: Phase::Written, .. } => {
             format!("{who}: no walsender outside the rule votes; the barrier begins")
         }
-        Work::Enforce { phase: Phase::Barrier, to } => format!("{who}: the barrier has returned, {to:?} is in force"),
+        Work::Enforce { phase: Phase::Barrier, to, .. } => {
+            format!("{who}: the barrier has returned, {to:?} is in force")
+        }
         Work::Rewind { from } => format!("{who} is rewound to {} of {}", after.flushed, name(from)),
         Work::StartFollowing { upstream } => format!("{who} starts after {}", name(upstream.member)),
         Work::None | Work::Commit { .. } | Work::Rest { .. } => format!("{who}: nothing"),

@@ -254,6 +254,7 @@ pub enum Work {
     },
     Enforce {
         phase: Phase,
+        through_nobody: bool,
         to: Rule,
     },
     Rewind {
@@ -267,6 +268,8 @@ pub enum Work {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
+    /// Decided, nothing is written yet.
+    Decided,
     /// The rule that names nobody is written: a commit of ours is to be seen waiting, every walsender to have it.
     Nobody,
     /// The rule is written: walsenders outside it are to lose their vote.
