@@ -13,12 +13,13 @@ use tracing::{debug, error, info, warn};
 
 use super::execute::{Effect, SQL_DEADLINE, STORE_DEADLINE, StepError, World};
 use super::jobs::{Context, RunningJob};
+use super::peer_watch::Introduction;
 use super::status::{Counters, Decision, Status};
 use crate::core::decide::decide;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::{Key, LeaderState, Operation, Request, Transaction, Write};
 use crate::core::view::{GuardState, JobKind, LeaseView, Local, LocalPostgres, Me, Memory, Policy, Store, View};
-use crate::core::{Moment, lint};
+use crate::core::{Moment, lint, silence};
 use crate::ports::DcsError;
 
 /// Changes of decision that are kept for `/v1/decisions`.
@@ -120,17 +121,20 @@ impl Agent {
         let mut store_changes = self.world.dcs.changes();
         let mut fence_changes = self.world.fence.changes();
         let mut lease_changes = self.world.keeper.changes();
+        let mut peer_changes = self.world.peers.changes();
         loop {
             // Marked before observing: what changes while we look wakes us again.
             store_changes.mark_unchanged();
             fence_changes.mark_unchanged();
             lease_changes.mark_unchanged();
+            peer_changes.mark_unchanged();
             if *self.wanted.borrow_and_update() == Wanted::Detach {
                 info!("the agent ends, PostgreSQL goes on under the guardian");
                 return End::Detached;
             }
             let view = Arc::new(self.observe().await);
             let plan = Arc::new(decide(&view));
+            self.world.peers.pace(silence::pace(&view));
             self.publish(&view, &plan);
             let pause = match self.execute(&view, &plan).await {
                 Ok(true) => return End::Stopped,
@@ -141,6 +145,7 @@ impl Agent {
                 // All arms are cancel-safe: they only tell that something is to be looked at.
                 _ = store_changes.changed() => {}
                 _ = fence_changes.changed() => {}
+                _ = peer_changes.changed() => {}
                 () = lease_moved(&mut lease_changes, &view.lease) => {}
                 () = self.job_ended.notified() => {}
                 _ = self.wanted.changed() => {}
@@ -193,7 +198,11 @@ impl Agent {
             self.me.system_identifier = state.system_identifier();
             self.memory.durable = state.durable().clone();
         }
-        self.memory = std::mem::take(&mut self.memory).observe(&self.me, &self.policy, &local, &store, now);
+        self.world
+            .peers
+            .introduce(Introduction { id: self.me.id.clone(), system_identifier: self.me.system_identifier });
+        let peers = self.world.peers.known();
+        self.memory = std::mem::take(&mut self.memory).observe(&self.me, &self.policy, &local, &store, &peers, now);
         View {
             now,
             me: self.me.clone(),
@@ -202,6 +211,7 @@ impl Agent {
             store,
             lease: self.world.keeper.view(),
             memory: self.memory.clone(),
+            peers,
             job: self.job.as_ref().map(RunningJob::view),
             stopping: *self.wanted.borrow() == Wanted::Stop,
         }
@@ -273,6 +283,7 @@ impl Agent {
             at: view.now,
             view: view.clone(),
             plan: plan.clone(),
+            gate_until: view.gate_until(),
             decisions: self.decisions.clone(),
             counters: self.counters,
         })));

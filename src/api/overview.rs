@@ -53,6 +53,8 @@ struct Leader {
     message: String,
     /// Of our own lease; another leader's is known only by its heartbeats.
     lease_remaining_ms: Option<u64>,
+    /// Of the time in which clients may be served under it: shorter, because silence is believed before the lease is over.
+    gate_remaining_ms: Option<u64>,
     /// Since the leader's last sign of life was seen here.
     silent_ms: Option<u64>,
     timeline: Option<TimelineId>,
@@ -178,6 +180,7 @@ fn leader(view: &View, records: Option<&ClusterRecords>, now: Moment) -> Leader 
         state,
         message,
         lease_remaining_ms,
+        gate_remaining_ms: view.gate_until().map(|gate| millis(now.until(gate))),
         silent_ms: record.filter(|r| r.holder != view.me.id).and(silent).map(millis),
         timeline: published.map(|p| p.timeline),
         position: leader_position(view),

@@ -7,13 +7,15 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::election::{Verdict, judge};
+use super::names::MemberName;
+use super::peers::Peer;
 use super::plan::{SyncRule, parse_walreceiver_name};
 use super::records::{ClusterRecords, LeaderState, Operation, Outcome};
 use super::time::Moment;
 use super::timeline::Term;
 use super::view::{
-    ElectionMemory, Exit, GuardState, JobKind, Local, LocalPostgres, Me, Memory, OperationMemory, Policy, Receiver,
-    SeenRelease, Silence, Store,
+    ElectionMemory, Exit, GuardState, HolderMemory, JobKind, Local, LocalPostgres, Me, Memory, OperationMemory, Policy,
+    Receiver, SeenRelease, Silence, Store,
 };
 
 /// How an end of PostgreSQL begins that the guardian brought about: no crash of PostgreSQL's.
@@ -25,10 +27,19 @@ const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
 impl Memory {
     /// Takes in what this round observed.
-    pub fn observe(mut self, me: &Me, policy: &Policy, local: &Local, store: &Store, now: Moment) -> Memory {
+    pub fn observe(
+        mut self,
+        me: &Me,
+        policy: &Policy,
+        local: &Local,
+        store: &Store,
+        peers: &BTreeMap<MemberName, Peer>,
+        now: Moment,
+    ) -> Memory {
         self.observe_exit(&local.guard.state, policy, now);
         if let Store::Known { observed_at, records } = store {
             self.observe_records(records, me, policy, *observed_at);
+            self.observe_holder(records, me, &local.postgres, peers, now);
             self.observe_replicas(records, &local.postgres, now);
             self.observe_promotion(records, me, &local.postgres, now);
         }
@@ -90,6 +101,23 @@ impl Memory {
         }
         self.beats.retain(|name, _| records.members.contains_key(name));
         self.observe_requests(records, me, observed_at);
+    }
+
+    fn observe_holder(
+        &mut self,
+        records: &ClusterRecords,
+        me: &Me,
+        postgres: &LocalPostgres,
+        peers: &BTreeMap<MemberName, Peer>,
+        now: Moment,
+    ) {
+        let Some(leader) = records.leader() else { return };
+        // It reads that its term was taken on suspicion, and is as alive as can be.
+        if let Some(taken) = leader.taken.as_ref().filter(|taken| taken.from == me.id && postgres.primary().is_some()) {
+            self.overtaken = self.overtaken.max(Some(taken.term));
+        }
+        let who = (&leader.holder.name, leader.term, self.term_since.unwrap_or(now));
+        self.holder = Some(HolderMemory::observe(self.holder.take(), who, postgres, peers.get(who.0), now));
     }
 
     /// Since when we coordinate, and since when enough are sealed.

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::lease::Timings;
+use super::lease::{Takeover, Timings};
 use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
 use super::plan::{Follow, Plan, Source, SyncRule, walreceiver_name};
@@ -55,6 +55,7 @@ pub fn policy() -> Policy {
         member_publish: secs(3),
         rejoin_timeout: Duration::from_secs(60),
         reclone: true,
+        takeover: Takeover::default(),
     }
 }
 
@@ -101,6 +102,8 @@ impl Cluster {
             term,
             state: LeaderState::Held,
             ttl_ms: 8_000,
+            takeover_ms: 2_000,
+            taken: None,
             lsn: None,
             last: Some(last),
         };
@@ -168,6 +171,7 @@ impl Cluster {
             agent_version: "0.1.0".to_owned(),
             pending_restart: false,
             job: None,
+            overtaken: None,
             rule: "follower".to_owned(),
             reason: "follows the leader".to_owned(),
             beat: 7,
@@ -222,6 +226,7 @@ impl Cluster {
                 None => LeaseView::None,
             },
             memory: self.memory(leads.is_some()),
+            peers: BTreeMap::new(),
             job: None,
             stopping: false,
         }
@@ -291,6 +296,7 @@ impl Cluster {
                 term: leader.term,
             }),
             receiver: if leader.is_some() { Receiver::Streaming } else { Receiver::None },
+            last_message: leader.map(|_| LastMessage { mark: 1, age_ms: 0 }),
             pending_restart: false,
             slots: BTreeMap::new(),
         }
