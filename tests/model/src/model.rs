@@ -32,6 +32,7 @@ pub enum Action {
     PastD(u8),
     GuardianKills(u8),
     Silent(u8),
+    Suspects(u8),
     Waited(u8),
     Stalled(u8, u8),
     Forgets(u8),
@@ -48,6 +49,7 @@ pub enum Action {
     Cut(u8),
     Apart(u8),
     Mute(u8),
+    Misjudged(u8),
     // --- their ends ---
     AgentBack(u8),
     HostBack(u8),
@@ -69,8 +71,8 @@ pub struct Bounds {
     pub old_seals: bool,
 }
 
-pub const FAULTS: [&str; 10] =
-    ["lost-reply", "late", "lost-renewal", "crash", "agent", "host", "pause", "cut", "apart", "mute"];
+pub const FAULTS: [&str; 11] =
+    ["lost-reply", "late", "lost-renewal", "crash", "agent", "host", "pause", "cut", "apart", "mute", "suspicion"];
 
 /// Weaknesses of the adapters, put in on purpose: the core cannot be blamed for them, the model has to find them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -91,19 +93,16 @@ pub enum Flaw {
     CancelAcknowledges,
     /// From no rule to some without seeing a commit wait.
     PastNobody,
-    /// Whoever streams under a member's name votes, whichever life of its data that is.
-    NamesWithoutLife,
     /// The guardian is not armed.
     Unarmed,
 }
 
-pub const FLAWS: [(&str, Flaw); 9] = [
+pub const FLAWS: [(&str, Flaw); 8] = [
     ("seal-without-startup", Flaw::SealWithoutStartup),
     ("barrier-before-rows", Flaw::BarrierBeforeRows),
     ("no-barrier", Flaw::NoBarrier),
     ("promote-cleared", Flaw::PromoteCleared),
     ("past-nobody", Flaw::PastNobody),
-    ("names-without-life", Flaw::NamesWithoutLife),
     ("cancel-acknowledges", Flaw::CancelAcknowledges),
     ("unarmed", Flaw::Unarmed),
     ("no-kill", Flaw::NoKill),
@@ -145,7 +144,7 @@ impl World {
         }
         if keys & (LEADER | LEASE) != 0 {
             for m in &mut self.members {
-                m.memory.silent = false;
+                (m.memory.silent, m.memory.suspects) = (false, false);
             }
         }
         if keys & LEADER != 0 {
@@ -160,6 +159,8 @@ impl World {
 
     /// Its comparisons hold. `None`: outside the bounds, or the reserved number is taken.
     fn apply(&mut self, txn: &Txn) -> Option<()> {
+        // Way B waits for no clock; it compares the claim that makes clocks needless.
+        let by_clock = txn.guards & SYNC == 0;
         if txn.writes & TIMELINE != 0 {
             let place = self.store.timelines.get_mut(usize::from(txn.number))?;
             if place.term > 0 {
@@ -172,7 +173,7 @@ impl World {
         }
         let mut keys = 0;
         if txn.writes & LEADER != 0 {
-            self.succeeds(&txn.leader);
+            self.succeeds(&txn.leader, by_clock);
             self.store.leader = txn.leader;
             keys |= LEADER;
         }
@@ -188,7 +189,7 @@ impl World {
         Some(())
     }
 
-    fn succeeds(&mut self, next: &Leader) {
+    fn succeeds(&mut self, next: &Leader, by_clock: bool) {
         let now = self.store.leader;
         if next.term < now.term || next.term == now.term && now.office == Office::Released {
             self.broken = broken::TERM_BACK;
@@ -196,7 +197,7 @@ impl World {
         let holder = &self.members[usize::from(now.holder)];
         let runs = matches!(holder.clock, Clock::Fresh | Clock::PastF) && holder.lease_term == now.term;
         let taken = next.holder != now.holder && next.office == Office::Electing;
-        if taken && now.office != Office::Released && runs {
+        if by_clock && taken && now.office != Office::Released && runs {
             self.broken = broken::OVERTAKEN;
         }
     }
@@ -646,6 +647,10 @@ impl Model for Cluster {
             Property::sometimes("a reserved timeline is not the next number", |_, w: &World| {
                 (1..TIMELINES).any(|n| w.store.timelines[n].term > 0 && w.store.timelines[n].parent + 1 < n as u8)
             }),
+            Property::sometimes("a leader that lives is overtaken on suspicion", |_, w: &World| {
+                let living = |m: &Member| m.serves() && m.clock == Clock::Fresh;
+                w.members.iter().enumerate().any(|(i, m)| living(m) && w.store.leader.term > w.term_of(i))
+            }),
             Property::sometimes("a doubtful claim", |_, w: &World| w.members.iter().any(|m| m.memory.doubtful)),
             Property::sometimes("whole again after a change", |_, w: &World| {
                 changes(w) >= 1
@@ -775,6 +780,14 @@ impl Cluster {
         if waits && over && !m.memory.silent && usize::from(leader.holder) != i && m.memory.term == leader.term {
             actions.push(Action::Silent(n));
         }
+        let holds = usize::from(leader.holder) == i;
+        if waits && !holds && !m.memory.silent && !m.memory.suspects && m.memory.term == leader.term {
+            if w.hears_nothing(i, usize::from(leader.holder)) {
+                actions.push(Action::Suspects(n));
+            } else if self.fault(w, 10) {
+                actions.push(Action::Misjudged(n));
+            }
+        }
         let bound = leader.asked != NOBODY && leader.asked != n || leader.asked == NOBODY && leader.holder == n;
         if leader.office == Office::Released && bound && !m.memory.waited && m.memory.term == leader.term {
             actions.push(Action::Waited(n));
@@ -891,16 +904,16 @@ impl Cluster {
             }
             Action::Connect(n) => {
                 w.connect(at(n));
-                if self.flaw == Flaw::NamesWithoutLife {
-                    let p = at(w.members[at(n)].acts_by.member);
-                    w.members[p].walsenders[at(n)].inc = 0;
-                    w.members[at(n)].acts_by.inc = 0;
-                    w.members[at(n)].conninfo.inc = 0;
-                }
                 w.stream(at(n));
             }
             Action::Stream(n) => w.stream(at(n)),
-            Action::RowEnds(p, s) => w.members[at(p)].walsenders[at(s)] = Walsender::default(),
+            Action::RowEnds(p, s) => {
+                w.members[at(p)].walsenders[at(s)] = Walsender::default();
+                // Its other end has nobody any more.
+                if w.members[at(s)].acts_by.member == p {
+                    w.members[at(s)].receiving = false;
+                }
+            }
             Action::StartupTakes(n) => w.startup_takes(at(n)),
             Action::CheckpointerTakes(n) => {
                 let m = &mut w.members[at(n)];
@@ -919,6 +932,11 @@ impl Cluster {
             Action::PastD(n) => w.members[at(n)].clock = Clock::PastD,
             Action::GuardianKills(n) => w.die(at(n)),
             Action::Silent(n) => w.members[at(n)].memory.silent = true,
+            Action::Suspects(n) => w.members[at(n)].memory.suspects = true,
+            Action::Misjudged(n) => {
+                w.faults += 1;
+                w.members[at(n)].memory.suspects = true;
+            }
             Action::Waited(n) => w.members[at(n)].memory.waited = true,
             Action::Stalled(n, s) => w.members[at(n)].memory.stalled |= 1 << s,
             Action::Forgets(n) => w.members[at(n)].memory.streamed = 0,

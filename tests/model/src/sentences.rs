@@ -59,6 +59,8 @@ pub fn sentence(before: &World, action: Action, after: &World) -> String {
         Action::PastD(n) => format!("time: the lease of {} is over (D)", name(n)),
         Action::GuardianKills(n) => format!("{}: the guardian kills PostgreSQL", name(n)),
         Action::Silent(n) => format!("time: {} has seen the same lease for W", name(n)),
+        Action::Suspects(n) => format!("time: {} has heard nothing of the holder for takeover.after", name(n)),
+        Action::Misjudged(n) => format!("fault: {} and the others hear nothing of a holder that lives", name(n)),
         Action::Waited(n) => format!("time: {} has let the others go first", name(n)),
         Action::Stalled(n, s) => format!("time: {} has missed {} for sync.max_stall", name(n), name(s)),
         Action::Forgets(n) => format!("time: it is long ago that {} saw a standby stream", name(n)),

@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use crate::core::lease::Timings;
+use crate::core::lease::{Takeover, Timings};
+use crate::core::peers::{Door, Heard, HolderSeen, Peer, Promise, Report, Sealable, Sighting, Sign};
 use crate::core::plan::{Follow, Source, SyncRule, walreceiver_name};
 use crate::core::records::*;
 use crate::core::timeline::{History, HistoryEntry, Term, TimelineId};
@@ -66,6 +67,7 @@ pub fn cast() -> &'static Cast {
             rejoin_timeout: Duration::from_secs(100_000),
             // Data are rewound, never set aside: a clone is a member that is not there.
             reclone: false,
+            takeover: Takeover::default(),
         },
         record: MemberRecord {
             incarnation: Incarnation(0),
@@ -86,6 +88,7 @@ pub fn cast() -> &'static Cast {
             agent_version: String::new(),
             pending_restart: false,
             job: None,
+            overtaken: None,
             rule: String::new(),
             reason: String::new(),
             beat: 1,
@@ -168,6 +171,9 @@ pub fn leader_record(store: &Store, leader: &Leader) -> LeaderRecord {
             },
         },
         ttl_ms: 8_000,
+        takeover_ms: Takeover::default().after.as_millis() as u64,
+        // Only makes the next one more patient.
+        taken: None,
         lsn: None,
         last: Some(Published {
             member: id(0, 0),
@@ -274,6 +280,8 @@ pub struct Seen {
     pub kept: Kept,
     pub memory: Packed,
     pub rule_term: u8,
+    /// Who would confirm the silence of the holder now.
+    pub voters: u8,
     pub job: JobSeen,
 }
 
@@ -310,6 +318,7 @@ impl Seen {
             kept: m.kept,
             memory: m.memory,
             rule_term: if primary { world.term_of(i) } else { 0 },
+            voters: if m.memory.suspects { world.voters(i) } else { 0 },
             job: match m.work {
                 Work::None | Work::Commit { .. } | Work::Rest { .. } => JobSeen::None,
                 _ => JobSeen::Running,
@@ -351,14 +360,15 @@ impl Seen {
             Some(store) => CoreStore::Known { observed_at: NOW, records: Box::new(records(store)) },
             None => CoreStore::Unknown { why: "cut".to_owned(), since: NOW },
         };
-        let memory = self.unpack_memory().observe(&me, &policy, &local, &store, NOW);
+        let peers = self.peers();
+        let memory = self.unpack_memory().observe(&me, &policy, &local, &store, &peers, NOW);
         let job = match self.job {
             JobSeen::None => None,
             JobSeen::Running => {
                 Some(Job { what: JobKind::Stop, since: NOW, done_bytes: None, total_bytes: None, result: None })
             }
         };
-        View { now: NOW, me, policy, local, store, lease: self.lease_view(), memory, job, stopping: false }
+        View { now: NOW, me, policy, local, store, lease: self.lease_view(), memory, peers, job, stopping: false }
     }
 
     fn postgres(&self) -> LocalPostgres {
@@ -379,6 +389,7 @@ impl Seen {
                 replay_delay_ms: None,
                 follows: follow(usize::from(self.me), self.follows),
                 receiver: if self.streaming { Receiver::Streaming } else { Receiver::None },
+                last_message: None,
                 pending_restart: false,
                 slots,
             }),
@@ -409,6 +420,41 @@ impl Seen {
             sync_priority: 1,
             reply_age_ms: Some(0),
         })
+    }
+
+    /// The other agents, as far as they matter: a holder that gives no sign of life, and who says so too (way B). Otherwise
+    /// nobody was asked, which is no silence.
+    fn peers(&self) -> BTreeMap<MemberName, Peer> {
+        let mut peers = BTreeMap::new();
+        let Some(store) = self.store.filter(|_| self.memory.suspects) else { return peers };
+        let holder = usize::from(store.leader.holder);
+        let gone = Door::Silent { since: NOW.minus(HOUR) };
+        peers.insert(name(holder), Peer { asked_at: Some(NOW), agent: gone, postgres: gone, answer: None });
+        for voter in (0..MEMBERS).filter(|v| self.voters >> v & 1 == 1) {
+            let sighting = Sighting {
+                member: name(holder),
+                term: Term(u64::from(store.leader.term)),
+                leader_revision: LEADER_AT,
+                seq: SEQ,
+                unchanged_ms: 3_600_000,
+                wal: Sign::Never,
+                agent: Sign::Never,
+                refused_ms: None,
+            };
+            let report = Report {
+                boot_id: String::new(),
+                highest_term: Term(0),
+                sealed_term: Term(0),
+                holder: HolderSeen::Seen(sighting),
+                promise: Promise::Free,
+                sealable: Sealable::Yes,
+                loop_age_ms: 0,
+            };
+            let heard = Heard { from: id(voter, store.published[voter]), asked_at: NOW, at: NOW, report };
+            let open = Door::Open { at: NOW };
+            peers.insert(name(voter), Peer { asked_at: Some(NOW), agent: open, postgres: open, answer: Some(heard) });
+        }
+        peers
     }
 
     fn lease_view(&self) -> LeaseView {
@@ -475,7 +521,12 @@ impl Seen {
         };
         if let Some(store) = &self.store {
             let long_ago = NOW.minus(patience);
-            let first_seen = if p.silent { long_ago } else { Moment { raw: long_ago.raw, ..NOW } };
+            let suspicious = NOW.minus(Takeover::default().after);
+            let first_seen = match (p.silent, p.suspects) {
+                (true, _) => long_ago,
+                (false, true) => Moment { raw: long_ago.raw, ..suspicious },
+                (false, false) => Moment { raw: long_ago.raw, ..NOW },
+            };
             memory.silence = Some(Silence {
                 term: Term(u64::from(store.leader.term)),
                 leader_revision: LEADER_AT,
@@ -501,6 +552,7 @@ impl Seen {
         let packed = Packed {
             term: memory.term.0 as u8,
             silent: self.memory.silent,
+            suspects: self.memory.suspects,
             waited: self.memory.waited,
             stalled: memory.stalled.iter().filter(old).map(|(n, _)| bit(n)).sum(),
             streamed: memory.streamed.keys().map(bit).sum(),

@@ -336,6 +336,8 @@ pub struct Packed {
     pub term: u8,
     /// The present lease has been silent for W.
     pub silent: bool,
+    /// Its holder has given no sign of life for `takeover.after`.
+    pub suspects: bool,
     /// The present release was seen long enough ago.
     pub waited: bool,
     /// Bits of members that have not streamed for `max_stall`.
@@ -374,6 +376,24 @@ impl Member {
 }
 
 impl World {
+    /// Members that can answer and be sealed, besides the holder and `i`.
+    pub fn voters(&self, i: usize) -> u8 {
+        let holder = usize::from(self.store.leader.holder);
+        let votes = |v: &usize| {
+            let m = &self.members[*v];
+            *v != i && *v != holder && m.thinks() && !m.cut && !m.apart && m.pg == Pg::Standby
+        };
+        (0..MEMBERS).filter(votes).map(|v| 1 << v).sum()
+    }
+
+    /// Does `i` get no sign of life of `h`: no renewal, no WAL, no answer of its agent?
+    pub fn hears_nothing(&self, i: usize, h: usize) -> bool {
+        let (m, holder) = (&self.members[i], &self.members[h]);
+        let apart = m.apart || holder.apart;
+        let no_wal = !holder.moves() || holder.pg == Pg::Down || apart;
+        holder.may_be_late() && no_wal && (!holder.thinks() || apart)
+    }
+
     /// The term under which `p` was promoted: it is in the names of its rule.
     pub fn term_of(&self, p: usize) -> u8 {
         let number = usize::from(self.members[p].timeline);
