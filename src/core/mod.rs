@@ -7,16 +7,19 @@
 
 pub mod decide;
 pub mod election;
+pub mod endpoint;
 pub mod health;
 pub mod lease;
 pub mod lint;
 pub mod lsn;
 pub mod memory;
 pub mod names;
+pub mod outlook;
 pub mod peers;
 pub mod plan;
 pub mod publish;
 pub mod records;
+pub mod route;
 pub mod rules;
 pub mod silence;
 pub mod sync_set;

@@ -68,6 +68,7 @@ pub fn cast() -> &'static Cast {
             // Data are rewound, never set aside: a clone is a member that is not there.
             reclone: false,
             takeover: Takeover::default(),
+            cold_start_wait: Duration::from_secs(600),
         },
         record: MemberRecord {
             incarnation: Incarnation(0),
@@ -89,6 +90,9 @@ pub fn cast() -> &'static Cast {
             pending_restart: false,
             job: None,
             overtaken: None,
+            endpoint: None,
+            witness: true,
+            kept: Vec::new(),
             rule: String::new(),
             reason: String::new(),
             beat: 1,
@@ -341,6 +345,7 @@ impl Seen {
             port: 1,
             api_url: String::new(),
             agent_version: String::new(),
+            endpoint: None,
         };
         let running =
             GuardState::Running { postmaster: 1, armed: (self.armed > 0).then(|| Term(u64::from(self.armed))) };
@@ -355,6 +360,7 @@ impl Seen {
             },
             postgres: self.postgres(),
             guard: Guard { state, real_time: true, control_group: true, death_covered: true },
+            kept: Vec::new(),
         };
         let store = match &self.store {
             Some(store) => CoreStore::Known { observed_at: NOW, records: Box::new(records(store)) },
@@ -504,6 +510,8 @@ impl Seen {
             streamed: bits(p.streamed).map(|m| (name(m), (Lsn(0), NOW))).collect(),
             // Everybody speaks, as far as the others know: who does not is one whom the schedule passes over.
             beats: cast().names.iter().map(|n| (n.clone(), (1, NOW))).collect(),
+            spoke: cast().names.iter().map(|n| (n.clone(), NOW)).collect(),
+            witness: true,
             enforced: sync_rule(p.enforced, p.term),
             doubtful_sync: p.doubtful,
             sync_settled: p.settled,
@@ -514,7 +522,7 @@ impl Seen {
             },
             promotion_failed: p.promotion_failed.then_some(term),
             promoted: moment(p.promoted).map(|at| (term, at)),
-            election: moment(p.election).map(|since| ElectionMemory { term, since, enough_since: moment(p.enough) }),
+            election: moment(p.election).map(|since| ElectionMemory { term, since, enough_since: moment(p.enough), copied: None }),
             rejoin_failures: u32::from(p.rejoin_failed) * 3,
             published: Some((NOW, cast().record.clone())),
             ..Memory::default()
