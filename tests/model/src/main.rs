@@ -62,16 +62,16 @@ fn runs(full: bool) -> Vec<Bounds> {
     if full {
         vec![
             run(1, "all", 2, 3, 1),
-            run(2, "crash,lost-reply,late,lost-renewal,apart,mute", 1, 3, 1),
-            run(3, "crash,lost-reply,late", 1, 3, 0),
+            run(3, "crash,lost-reply", 1, 3, 0),
+            run(2, "suspicion,crash", 1, 3, 0),
             run(2, "pause,crash", 0, 3, 0),
-            run(2, "cut,mute,lost-renewal,late", 0, 3, 0),
         ]
     } else {
         vec![
             run(1, "all", 1, 3, 1),
             run(2, "apart,mute,lost-reply,late,lost-renewal", 1, 3, 0),
             run(2, "crash", 1, 3, 0),
+            run(2, "suspicion,crash", 0, 3, 0),
         ]
     }
 }

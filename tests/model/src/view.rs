@@ -522,7 +522,12 @@ impl Seen {
             },
             promotion_failed: p.promotion_failed.then_some(term),
             promoted: moment(p.promoted).map(|at| (term, at)),
-            election: moment(p.election).map(|since| ElectionMemory { term, since, enough_since: moment(p.enough), copied: None }),
+            election: moment(p.election).map(|since| ElectionMemory {
+                term,
+                since,
+                enough_since: moment(p.enough),
+                copied: None,
+            }),
             rejoin_failures: u32::from(p.rejoin_failed) * 3,
             published: Some((NOW, cast().record.clone())),
             ..Memory::default()
