@@ -11,6 +11,7 @@ pub mod dcs;
 pub mod demo;
 pub mod fencing;
 pub mod guardian;
+pub mod peers;
 pub mod ports;
 pub mod postgres;
 pub mod telemetry;

@@ -20,8 +20,6 @@ use crate::ports::{Clock, Dcs, DcsError, DeadlinePage};
 
 /// After a failed renewal the next try follows at once, but not in a spin.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
-/// A loop that has not come round for so long is taken for dead. Every step in it has a deadline below this.
-const LOOP_PATIENCE_HEARTBEATS: u32 = 5;
 const GUARDIAN_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What is to be kept.
@@ -225,8 +223,7 @@ impl Task {
     }
 
     fn may_renew(&self, now: Moment) -> Result<(), &'static str> {
-        let patience = (self.timings.heartbeat * LOOP_PATIENCE_HEARTBEATS).max(Duration::from_secs(3));
-        if now.since(*lock(&self.shared.loop_alive)) > patience {
+        if now.since(*lock(&self.shared.loop_alive)) > self.timings.loop_patience() {
             return Err("the decision loop does not come round");
         }
         match lock(&self.shared.page).as_ref() {

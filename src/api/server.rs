@@ -57,6 +57,7 @@ pub async fn serve(api: Api, listener: TcpListener, shutdown: CancellationToken)
         status: api.status,
         last_reading,
         requests: api.requests,
+        answers: api.answers,
         recent: Recent::default(),
         waiters: Semaphore::new(api.config.max_connections.div_ceil(WAITERS_SHARE)),
         connections: table.counts.clone(),

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::{DemoError, Host};
 use super::etcd::Etcd;
 use super::member::{Common, Member, Owner};
 use super::sql::{self, Login, Session};
 use super::writer::{Address, Ids, Writer};
+use super::{DemoError, Host};
 use super::{ports, processes};
 use crate::client::Client;
 use crate::config::Secret;

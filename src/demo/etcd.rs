@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use super::{DemoError, Host};
 use super::ports::{self, Port};
 use super::processes::Process;
+use super::{DemoError, Host};
 
 pub struct Etcd {
     program: PathBuf,

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
 
-use super::{DemoError, Host};
 use super::ports::Port;
 use super::processes::{self, Process};
+use super::{DemoError, Host};
 
 pub struct Member {
     pub name: String,

@@ -16,11 +16,15 @@ mod host;
 pub mod live;
 mod member;
 mod ports;
+pub mod probe;
 pub mod processes;
 pub mod scenarios;
 pub mod sql;
 pub mod workload;
 pub mod writer;
+
+/// Clients that write while something is measured.
+const CLIENTS: usize = 2;
 
 pub use cluster::{Cluster, Look, Options, is_healthy};
 pub use disk::Disk;

@@ -189,7 +189,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
         let sleep = |name: &str| {
-            Process::spawn(name, &Host::default(), Path::new("sleep"), &["1000".into()], directory.path(), &log).unwrap()
+            Process::spawn(name, &Host::default(), Path::new("sleep"), &["1000".into()], directory.path(), &log)
+                .unwrap()
         };
         let mut first = sleep("first");
         let pid = first.pid().unwrap();

@@ -275,7 +275,8 @@ impl Client {
 
     async fn try_server(&self, server: &Address) -> Option<Connected> {
         let session = sql::connect_to(server.at, &self.login, CONNECT).await.ok()?;
-        let probe = format!("SELECT {TIMELINE} AS timeline, current_setting('transaction_read_only')::bool AS read_only");
+        let probe =
+            format!("SELECT {TIMELINE} AS timeline, current_setting('transaction_read_only')::bool AS read_only");
         let row = session.query_one(&probe, &[]).await.ok()?;
         let writable = row.get::<_, Option<i32>>("timeline").is_some() && !row.get::<_, bool>("read_only");
         if !writable && !self.stays {
@@ -297,7 +298,11 @@ impl Client {
     }
 
     async fn ask(&mut self, connected: &mut Connected) -> Told {
-        if connected.writable && self.dice.below(4) > 0 { self.append(connected).await } else { self.read(connected).await }
+        if connected.writable && self.dice.below(4) > 0 {
+            self.append(connected).await
+        } else {
+            self.read(connected).await
+        }
     }
 
     async fn append(&mut self, connected: &mut Connected) -> Told {
@@ -364,8 +369,8 @@ impl Client {
     fn answered(&self, at: usize, now: Instant, outcome: Outcome) {
         let mut recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
         let op = &mut recorded[at];
-        op.completed = matches!(outcome, Outcome::Ok { .. } | Outcome::Failed { .. })
-            .then(|| self.ledger.since_began(now));
+        op.completed =
+            matches!(outcome, Outcome::Ok { .. } | Outcome::Failed { .. }).then(|| self.ledger.since_began(now));
         op.outcome = outcome;
     }
 }

@@ -75,6 +75,13 @@ pub struct Checked {
 #[derive(Clone, Default)]
 pub struct Ids(Arc<AtomicI64>);
 
+impl Ids {
+    /// For writers of one table in processes of their own: each begins where no other will come.
+    pub fn after(first: i64) -> Ids {
+        Ids(Arc::new(AtomicI64::new(first)))
+    }
+}
+
 impl Writer {
     /// `clients` clients that go wherever writes are taken, like a libpq DSN with several hosts and
     /// `target_session_attrs=read-write`.

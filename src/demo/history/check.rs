@@ -170,7 +170,8 @@ impl<'a> Court<'a> {
                 self.found(Anomaly::SharedTimeline { one: opened.clone(), other: (*op).clone() });
             }
             let before = latest.entry(&op.member).or_insert((op, *timeline));
-            let back = (*timeline < before.1 && op.invoked > before.0.completed.unwrap_or(u64::MAX)).then_some(before.0);
+            let back =
+                (*timeline < before.1 && op.invoked > before.0.completed.unwrap_or(u64::MAX)).then_some(before.0);
             if *timeline >= before.1 {
                 *before = (op, *timeline);
             }
@@ -189,12 +190,8 @@ impl<'a> Court<'a> {
     }
 
     fn losses(&mut self) {
-        let lost: Vec<&Op> = self
-            .appends
-            .values()
-            .filter(|op| op.ok().is_some() && self.survived(op) == Some(false))
-            .copied()
-            .collect();
+        let lost: Vec<&Op> =
+            self.appends.values().filter(|op| op.ok().is_some() && self.survived(op) == Some(false)).copied().collect();
         if self.rules.may_lose {
             self.verdict.summary.lost_by_rule = lost.len();
             return;
@@ -244,9 +241,11 @@ impl<'a> Court<'a> {
 
     /// All lists of a key are of one order, where they hold the same values.
     fn order(&mut self, ops: &[&Op]) {
-        let Some(longest) = ops.iter().filter(|op| list(op).is_some()).max_by_key(|op| {
-            (matches!(op.what, What::Final { .. }), list(op).map_or(0, <[Value]>::len))
-        }) else {
+        let Some(longest) = ops
+            .iter()
+            .filter(|op| list(op).is_some())
+            .max_by_key(|op| (matches!(op.what, What::Final { .. }), list(op).map_or(0, <[Value]>::len)))
+        else {
             return;
         };
         let place: BTreeMap<Value, usize> =

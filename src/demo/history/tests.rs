@@ -34,8 +34,7 @@ fn on_standby(session: u64, values: &[Value], from_to: (u64, u64)) -> Op {
 }
 
 fn finally(values: &[Value]) -> Op {
-    op(99, What::Final { key: 1, values: values.to_vec() }, (9_000, 9_001), Some(3))
-        .at("b")
+    op(99, What::Final { key: 1, values: values.to_vec() }, (9_000, 9_001), Some(3)).at("b")
 }
 
 impl Op {
@@ -185,7 +184,11 @@ fn a_read_of_a_primary_that_misses_an_acknowledged_append_is_found() {
 #[test]
 fn reads_that_go_back_on_one_connection_are_found() {
     assert_eq!(kinds(&with([on_standby(7, &[1], (70, 71))])), ["read went back"]);
-    assert_eq!(kinds(&with([on_standby(13, &[1], (70, 71))])), [""; 0], "another connection may lead to a slower standby");
+    assert_eq!(
+        kinds(&with([on_standby(13, &[1], (70, 71))])),
+        [""; 0],
+        "another connection may lead to a slower standby"
+    );
 }
 
 #[test]
