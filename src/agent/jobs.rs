@@ -19,6 +19,8 @@ use crate::core::{Lsn, Moment};
 use crate::ports::{Fence, StartMode, StopSignal};
 
 const SEAL_DEADLINE: Duration = Duration::from_secs(3);
+/// After a promotion; a large cluster has much to write.
+const CHECKPOINT_DEADLINE: Duration = Duration::from_secs(600);
 const PROMOTE_DEADLINE: Duration = Duration::from_secs(10);
 /// A barrier that does not return for so long is given up and decided anew (the standby may be gone).
 const ENFORCE_DEADLINE: Duration = Duration::from_secs(3);
@@ -234,7 +236,20 @@ async fn promote(world: &World, order: &PromoteOrder) -> Result<String, StepErro
         world.fence.kill(KILL_DEADLINE).await?;
         return Err(StepError::Other(format!("promoted to {promoted:?}, reserved was {reserved:?}: killed (S6)")));
     }
+    checkpoint_soon(world);
     Ok(format!("promoted to timeline {}", promoted.timeline))
+}
+
+/// Beside everything else: nobody waits for it. Until a checkpoint of the new timeline is done, which PostgreSQL takes minutes
+/// for, the control file names the old one, and pg_rewind before 16 looks for the common ancestor from there: should this
+/// leader be the next to be rewound, it would have to be cloned anew instead.
+fn checkpoint_soon(world: &World) {
+    let postgres = world.postgres.clone();
+    tokio::spawn(async move {
+        if let Err(error) = postgres.checkpoint(CHECKPOINT_DEADLINE).await {
+            warn!(%error, "checkpoint after the promotion");
+        }
+    });
 }
 
 async fn enforce(world: &World, from: Option<&SyncRule>, to: &SyncRule) -> Result<String, StepError> {
