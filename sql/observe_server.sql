@@ -14,4 +14,7 @@ select
   current_setting('synchronous_standby_names') as rule,
   current_setting('default_transaction_read_only') = 'off' as writable,
   exists (select from pg_stat_activity where backend_type = 'walreceiver') as receiver_runs,
-  coalesce((select status = 'streaming' from pg_stat_wal_receiver), false) as receiver_streams;
+  coalesce(r.status = 'streaming', false) as receiver_streams,
+  (extract(epoch from r.last_msg_receipt_time) * 1000000)::bigint as last_message_mark,
+  (extract(epoch from clock_timestamp() - r.last_msg_receipt_time) * 1000)::bigint as last_message_age_ms
+from (select) as this left join pg_stat_wal_receiver r on true;

@@ -11,20 +11,24 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::agent::answers::Answers;
 use crate::agent::execute::World;
 use crate::agent::lease_keeper::LeaseKeeper;
+use crate::agent::peer_watch::PeerWatch;
 use crate::agent::run::{Agent, Asked, End, NotTaken, Taken, Wanted};
 use crate::agent::state_file::StateFile;
 use crate::agent::status::Status;
 use crate::api::{self, Accepted, Api, Refusal};
 use crate::config::Config;
 use crate::core::endpoint::Report;
+use crate::core::records::Durability;
 use crate::core::route::EndpointPorts;
 use crate::core::view::Me;
 use crate::dcs::etcd::EtcdDcs;
 use crate::endpoint::keeper::{self, Keeper};
 use crate::endpoint::words::Settings;
 use crate::fencing::{GuardianFence, GuardianOptions, SystemClock};
+use crate::peers::HttpPeers;
 use crate::ports::{Clock, Dcs, Fence, Postgres};
 use crate::postgres::{LocalServer, roles};
 
@@ -63,7 +67,13 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     fence.attach().await.context("attach to the guardian")?;
     let keeper =
         LeaseKeeper::start(dcs.clone(), clock.clone(), config.policy.timings).context("start the lease keeper")?;
+    let takes_over_early = config.policy.durability != Durability::Async;
+    keeper.hold_after(takes_over_early.then(|| config.policy.takeover.gate()));
     keeper.use_page(fence.page());
+    let others = config.members.iter().map(|m| m.name.clone()).filter(|name| *name != config.name).collect();
+    let port = Box::new(HttpPeers::new(&config));
+    let peers = PeerWatch::start(port, config.cluster.clone(), others, clock.clone(), config.policy.timings)
+        .context("start asking the other agents")?;
     info!(
         member = %config.name,
         cluster = %config.cluster,
@@ -79,6 +89,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         fence: fence.clone(),
         clock: clock.clone(),
         keeper: Arc::new(keeper),
+        peers: Arc::new(peers),
         state: Arc::new(Mutex::new(state)),
         kill_budget: config.policy.timings.kill_budget,
     };
@@ -161,8 +172,9 @@ fn start_api(
     shutdown: CancellationToken,
 ) -> anyhow::Result<std::thread::JoinHandle<()>> {
     let (requests_tx, mut requests) = mpsc::channel::<api::ApiRequest>(16);
+    let answers = Arc::new(Answers { cluster: config.cluster.clone(), status: status.clone(), clock: clock.clone() });
     let (config, cluster) = (config.api.clone(), config.cluster.clone());
-    let api = Api { config, cluster, status, endpoint, requests: requests_tx, clock };
+    let api = Api { config, cluster, status, endpoint, requests: requests_tx, answers, clock };
     // Between the API's words and the loop's.
     tokio::spawn(async move {
         while let Some(request) = requests.recv().await {
@@ -172,6 +184,7 @@ fn start_api(
                 what: request.what,
                 asked_by: request.asked_by,
                 timeout: request.timeout,
+                force: request.force,
                 answer: answer_tx,
             };
             if asked.send(passed).await.is_err() {

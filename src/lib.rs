@@ -12,6 +12,7 @@ pub mod demo;
 pub mod endpoint;
 pub mod fencing;
 pub mod guardian;
+pub mod peers;
 pub mod ports;
 pub mod postgres;
 pub mod telemetry;

@@ -1,4 +1,4 @@
-//! The whole outside world on one page: the store, PostgreSQL, the fence, the clocks.
+//! The whole outside world on one page: the store, PostgreSQL, the fence, the other agents, the clocks.
 //!
 //! Adapters live in `dcs/`, `postgres/`, `fencing/`; fakes implement the same traits and pass the same contract tests.
 //! Every call on the outside takes its deadline from the caller. Nothing here decides anything.
@@ -10,8 +10,9 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use crate::core::names::MemberName;
+use crate::core::peers::{Answer, Question, Tried};
 use crate::core::plan::{Follow, PromoteOrder, SyncRule};
-use crate::core::records::{ClusterRecords, Position, Transaction};
+use crate::core::records::{ClusterRecords, KeptWal, Position, Transaction};
 use crate::core::timeline::{History, Term, TimelineId};
 use crate::core::view::{DataDirectory, Guard, LocalPostgres};
 use crate::core::{Lsn, Moment};
@@ -113,6 +114,11 @@ pub trait Postgres: Send + Sync {
 
     /// What is in the data directory. Reads small files only.
     async fn data_directory(&self) -> DataDirectory;
+
+    /// What earlier rewinds kept of WAL that only this member had.
+    async fn kept(&self) -> Vec<KeptWal> {
+        Vec::new()
+    }
 
     /// Writes configuration, `standby.signal` and hba for the given start, removes planted history files that were not
     /// used, checks that nothing would end recovery by itself, and says what the guardian has to start.
@@ -229,6 +235,45 @@ pub trait Fence: Send + Sync {
     fn changes(&self) -> watch::Receiver<u64>;
     /// Ends the guardian; refused while PostgreSQL runs.
     async fn dismiss(&self) -> Result<(), FenceError>;
+}
+
+// === The other agents ===
+
+/// Errors by what they tell of the other member.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// Its host answers, and nobody listens on the agent port.
+    #[error("{member}: connection refused")]
+    Refused { member: MemberName },
+    /// No answer in time, or no way to it.
+    #[error("{member}: no answer: {why}")]
+    Silent { member: MemberName, why: String },
+    /// Something answered that is not this member of this cluster, or would not answer us.
+    #[error("{member}: {why}")]
+    Foreign { member: MemberName, why: String },
+}
+
+/// The way to the agents of the other members. Connections are kept open; every call has its deadline.
+#[async_trait]
+pub trait Peers: Send + Sync {
+    /// One question, one answer. That the answer is from this member of this cluster has been checked.
+    async fn ask(&self, member: &MemberName, question: &Question, within: Duration) -> Result<Answer, PeerError>;
+
+    /// Tries PostgreSQL's port of the member: connects and goes away.
+    async fn knock(&self, member: &MemberName, within: Duration) -> Tried;
+
+    /// Returns when the kept connection to the member's agent has ended; at once when there is none.
+    async fn parted(&self, member: &MemberName);
+
+    /// A handle of its own (own connections) for a thread that nothing may block.
+    fn separate(&self) -> Box<dyn Peers>;
+}
+
+/// What this agent answers to the others. Called on the API's thread: must not wait for PostgreSQL, store or loop.
+#[async_trait]
+pub trait Answering: Send + Sync {
+    /// `None`: there is nothing to say yet, which is no sign of life.
+    async fn answer(&self, question: Question) -> Option<Answer>;
 }
 
 // === Clocks ===

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tracing::{error, info};
 
 use super::lease_keeper::LeaseKeeper;
+use super::peer_watch::PeerWatch;
 use super::state_file::{StateError, StateFile};
 use crate::core::Moment;
 use crate::core::plan::{Follow, Step};
@@ -29,6 +30,7 @@ pub struct World {
     pub fence: Arc<dyn Fence>,
     pub clock: Arc<dyn Clock>,
     pub keeper: Arc<LeaseKeeper>,
+    pub peers: Arc<PeerWatch>,
     pub state: Arc<Mutex<StateFile>>,
     /// K: how long before the lease's deadline the guardian kills.
     pub kill_budget: Duration,

@@ -13,12 +13,13 @@ use tracing::{debug, error, info, warn};
 
 use super::execute::{Effect, SQL_DEADLINE, STORE_DEADLINE, StepError, World};
 use super::jobs::{Context, RunningJob};
+use super::peer_watch::Introduction;
 use super::status::{Counters, Decision, Status};
 use crate::core::decide::decide;
 use crate::core::plan::{Plan, Step};
-use crate::core::records::{Key, LeaderState, Operation, Request, Transaction, Write};
+use crate::core::records::{Force, Key, LeaderState, Operation, Request, Transaction, Write};
 use crate::core::view::{GuardState, JobKind, LeaseView, Local, LocalPostgres, Me, Memory, Policy, Store, View};
-use crate::core::{Moment, lint};
+use crate::core::{Moment, lint, silence};
 use crate::ports::DcsError;
 
 /// Changes of decision that are kept for `/v1/decisions`.
@@ -36,6 +37,7 @@ pub struct Asked {
     pub what: Operation,
     pub asked_by: String,
     pub timeout: Duration,
+    pub force: Option<Force>,
     pub answer: tokio::sync::oneshot::Sender<Result<Taken, NotTaken>>,
 }
 
@@ -120,17 +122,20 @@ impl Agent {
         let mut store_changes = self.world.dcs.changes();
         let mut fence_changes = self.world.fence.changes();
         let mut lease_changes = self.world.keeper.changes();
+        let mut peer_changes = self.world.peers.changes();
         loop {
             // Marked before observing: what changes while we look wakes us again.
             store_changes.mark_unchanged();
             fence_changes.mark_unchanged();
             lease_changes.mark_unchanged();
+            peer_changes.mark_unchanged();
             if *self.wanted.borrow_and_update() == Wanted::Detach {
                 info!("the agent ends, PostgreSQL goes on under the guardian");
                 return End::Detached;
             }
             let view = Arc::new(self.observe().await);
             let plan = Arc::new(decide(&view));
+            self.world.peers.pace(silence::pace(&view));
             self.publish(&view, &plan);
             let pause = match self.execute(&view, &plan).await {
                 Ok(true) => return End::Stopped,
@@ -141,6 +146,7 @@ impl Agent {
                 // All arms are cancel-safe: they only tell that something is to be looked at.
                 _ = store_changes.changed() => {}
                 _ = fence_changes.changed() => {}
+                _ = peer_changes.changed() => {}
                 () = lease_moved(&mut lease_changes, &view.lease) => {}
                 () = self.job_ended.notified() => {}
                 _ = self.wanted.changed() => {}
@@ -156,10 +162,11 @@ impl Agent {
         self.world.keeper.loop_is_alive(self.world.clock.now());
         self.take_job_result();
         let guard = self.attached_guard().await;
-        let (store, postgres, data) = tokio::join!(
+        let (store, postgres, data, kept) = tokio::join!(
             self.world.dcs.read(STORE_DEADLINE),
             self.world.postgres.observe(&guard, SQL_DEADLINE),
             self.world.postgres.data_directory(),
+            self.world.postgres.kept(),
         );
         let now = self.world.clock.now();
         self.world.keeper.loop_is_alive(now);
@@ -179,7 +186,7 @@ impl Agent {
         }
         self.world.keeper.flushed(postgres.primary().map(|p| p.flushed));
         let postgres_is_standby = postgres.standby().is_some();
-        let local = Local { observed_at: now, data, postgres, guard };
+        let local = Local { observed_at: now, data, postgres, guard, kept };
         // Not while a job may be about to stop it: a rewind has set the mark and not begun yet.
         if postgres_is_standby
             && self.job.is_none()
@@ -193,8 +200,12 @@ impl Agent {
             self.me.system_identifier = state.system_identifier();
             self.memory.durable = state.durable().clone();
         }
-        self.memory = std::mem::take(&mut self.memory).observe(&self.me, &self.policy, &local, &store, now);
-        View {
+        self.world
+            .peers
+            .introduce(Introduction { id: self.me.id.clone(), system_identifier: self.me.system_identifier });
+        let peers = self.world.peers.known();
+        self.memory = std::mem::take(&mut self.memory).observe(&self.me, &self.policy, &local, &store, &peers, now);
+        let view = View {
             now,
             me: self.me.clone(),
             policy: self.policy.clone(),
@@ -202,9 +213,15 @@ impl Agent {
             store,
             lease: self.world.keeper.view(),
             memory: self.memory.clone(),
+            peers,
             job: self.job.as_ref().map(RunningJob::view),
             stopping: *self.wanted.borrow() == Wanted::Stop,
+        };
+        // Who takes over goes by the published claim, which may change under a held lease.
+        if matches!(view.lease, LeaseView::Held { .. }) {
+            self.world.keeper.hold_after(view.gate_until().map(|_| self.policy.takeover.gate()));
         }
+        view
     }
 
     /// The guardian's word; a missing guardian is started again.
@@ -273,6 +290,7 @@ impl Agent {
             at: view.now,
             view: view.clone(),
             plan: plan.clone(),
+            gate_until: view.gate_until(),
             decisions: self.decisions.clone(),
             counters: self.counters,
         })));
@@ -393,7 +411,10 @@ impl Agent {
         if let Some(known) = records.requests.get(&asked.id) {
             return if known.value.what == asked.what { Ok(Taken::Known) } else { Err(NotTaken::IdInUse) };
         }
-        let began = asked.what.begun_when_asked(records.leader());
+        // A leader that is missed is as good as none: whoever comes after it has fulfilled the request.
+        let silent = view.memory.silence.map(|silence| view.now.since(silence.first_seen)).unwrap_or_default();
+        let missed = silent >= self.policy.timings.heartbeat * 2;
+        let began = asked.what.begun_when_asked(records.leader(), missed || asked.force.is_some());
         let request = Request {
             id: asked.id.clone(),
             what: asked.what.clone(),
@@ -402,6 +423,7 @@ impl Agent {
             timeout_ms: asked.timeout.as_millis() as u64,
             began,
             outcome: None,
+            force: asked.force.clone(),
         };
         let transaction = Transaction::when(Key::Request(asked.id.clone()), 0).put(Write::Request(request));
         match self.world.dcs.commit(&transaction, STORE_DEADLINE).await {

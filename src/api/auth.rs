@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::App;
 use super::error::ApiError;
+use crate::core::peers;
 
 /// The other end of the connection; the server puts it into every request.
 #[derive(Clone, Copy, Debug)]
@@ -22,7 +23,11 @@ pub(super) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
     }
     let peer = request.extensions().get::<Peer>().copied();
     let token = app.token.as_ref().map(|token| token.expose());
-    match admit(token, request.headers(), peer) {
+    let admitted = match request.uri().path() {
+        peers::PATH => admit_agent(token, request.headers()),
+        _ => admit(token, request.headers(), peer),
+    };
+    match admitted {
         Ok(()) => next.run(request).await,
         Err(refusal) => refusal.into_response(),
     }
@@ -37,6 +42,19 @@ fn admit(token: Option<&str>, headers: &HeaderMap, peer: Option<Peer>) -> Result
         Some(shown) if equal(shown, token.as_bytes()) => Ok(()),
         Some(_) => Err(unauthorized("the token is not the configured one")),
         None => Err(unauthorized("this needs a token")),
+    }
+}
+
+/// Other agents come from other hosts, and what they ask for changes nothing here.
+fn admit_agent(token: Option<&str>, headers: &HeaderMap) -> Result<(), ApiError> {
+    match token {
+        Some(_) => admit(token, headers, None),
+        None if headers.contains_key(header::ORIGIN) => Err(ApiError::new(
+            StatusCode::FORBIDDEN,
+            "agents are no web pages",
+            "this path is for the agents of the cluster",
+        )),
+        None => Ok(()),
     }
 }
 

@@ -22,6 +22,7 @@ mod openapi;
 mod operations;
 mod overview;
 mod patroni;
+mod peer;
 mod requests;
 mod routes;
 mod server;
@@ -39,7 +40,7 @@ use crate::config::{ApiConfig, Secret};
 use crate::core::endpoint::Report;
 use crate::core::view::View;
 use crate::core::{ClusterName, Moment};
-use crate::ports::Clock;
+use crate::ports::{Answering, Clock};
 
 pub use openapi::document as openapi_document;
 pub use requests::{Accepted, ApiRequest, Refusal};
@@ -55,6 +56,8 @@ pub struct Api {
     /// What the endpoint said of itself last; `None`: there is none, or it does not answer.
     pub endpoint: watch::Receiver<Option<Report>>,
     pub requests: mpsc::Sender<ApiRequest>,
+    /// What the other agents are told.
+    pub answers: Arc<dyn Answering>,
     pub clock: Arc<dyn Clock>,
 }
 
@@ -69,6 +72,7 @@ pub(crate) struct App {
     /// The last view in which the store was readable: shown while it is not, never used to judge.
     last_reading: watch::Receiver<Option<Arc<View>>>,
     requests: mpsc::Sender<ApiRequest>,
+    answers: Arc<dyn Answering>,
     recent: requests::Recent,
     /// Strangers may wait for an outcome too, but not in every connection there is.
     waiters: Semaphore,

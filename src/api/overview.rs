@@ -16,6 +16,7 @@ use super::{App, decisions, millis, node};
 use crate::agent::status::{Counters, Status};
 use crate::core::health::{leader_position, seconds, sitting_leader};
 use crate::core::names::MemberName;
+use crate::core::outlook::outlook;
 use crate::core::plan::parse_walreceiver_name;
 use crate::core::records::{ClusterRecords, Durability, LeaderState, SyncClaim};
 use crate::core::view::{GuardState, Job, LeaseView, LocalPostgres, Receiver, Store, View};
@@ -53,6 +54,8 @@ struct Leader {
     message: String,
     /// Of our own lease; another leader's is known only by its heartbeats.
     lease_remaining_ms: Option<u64>,
+    /// Of the time in which clients may be served under it: shorter, because silence is believed before the lease is over.
+    gate_remaining_ms: Option<u64>,
     /// Since the leader's last sign of life was seen here.
     silent_ms: Option<u64>,
     timeline: Option<TimelineId>,
@@ -178,6 +181,7 @@ fn leader(view: &View, records: Option<&ClusterRecords>, now: Moment) -> Leader 
         state,
         message,
         lease_remaining_ms,
+        gate_remaining_ms: view.gate_until().map(|gate| millis(now.until(gate))),
         silent_ms: record.filter(|r| r.holder != view.me.id).and(silent).map(millis),
         timeline: published.map(|p| p.timeline),
         position: leader_position(view),
@@ -359,6 +363,12 @@ fn warnings(
     }
     if leader.state != "held" {
         warnings.push(leader.message.clone());
+        if !matches!(leader.state, "electing" | "unknown") {
+            // L6: whom it waits for, and what a person can do about it.
+            let outlook = outlook(view);
+            warnings.push(outlook.says);
+            warnings.extend(outlook.forced.map(|forced| forced.says));
+        }
     }
     if durability.degraded || durability.stalled {
         warnings.push(durability.message.clone());
@@ -380,6 +390,13 @@ fn warnings(
                 warnings.push(format!("{} says that it is read-write, but does not lead", member.name));
             }
             (false, _) => {}
+        }
+        for kept in member.kept.iter().filter(|kept| kept.transactions > 0) {
+            warnings.push(format!(
+                "{} had {} transactions that the cluster went on without (timeline {} after {}): listed and kept in {}; remove \
+                 that directory when nothing in it is needed",
+                member.name, kept.transactions, kept.timeline, kept.left_at, kept.directory
+            ));
         }
     }
     warnings.extend(local_warnings(view));

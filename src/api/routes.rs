@@ -9,7 +9,10 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodFilter, MethodRouter, on};
 
 use super::error::ApiError;
-use super::{App, auth, cluster, decisions, endpoint, health, metrics, node, openapi, operations, overview, patroni};
+use super::{
+    App, auth, cluster, decisions, endpoint, health, metrics, node, openapi, operations, overview, patroni, peer,
+};
+use crate::core::peers;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
@@ -106,6 +109,13 @@ const ASK: Route = Route {
 };
 const CHANGE_BODY: &[(&str, &str)] = &[
     ("to", "the member that shall lead; the best standby unless named"),
+    ("request_id", "the same id twice is the same request; one is made up unless given"),
+    ("timeout_ms", "after so long everything is put back"),
+];
+const FAILOVER_BODY: &[(&str, &str)] = &[
+    ("to", "the member that shall lead; the best standby unless named"),
+    ("force", "past what the store claims: the caller has seen in /v1/explain what is lost"),
+    ("off", "with force: members whose hosts are off by the caller's word, so that nobody waits for their lease"),
     ("request_id", "the same id twice is the same request; one is made up unless given"),
     ("timeout_ms", "after so long everything is put back"),
 ];
@@ -246,7 +256,7 @@ pub const ROUTES: &[Route] = &[
     Route {
         path: "/v1/failover",
         summary: "elects a new leader although the old one may not be there",
-        body: CHANGE_BODY,
+        body: FAILOVER_BODY,
         handler: |m| on(m, operations::failover),
         ..ASK
     },
@@ -270,6 +280,21 @@ pub const ROUTES: &[Route] = &[
         query: &[("wait_ms", "answer when there is an outcome, or after so long (60000 at most)")],
         answers: &[(200, "the request"), (404, "no such request is known here")],
         handler: |m| on(m, operations::request),
+        ..GET
+    },
+    Route {
+        method: Method::Post,
+        path: peers::PATH,
+        summary: "what the agents of a cluster ask each other",
+        body: &[
+            ("version!", "of the agents' messages"),
+            ("cluster!", "whose agent asks"),
+            ("system_identifier", "of the database of whoever asks"),
+            ("from!", "who asks"),
+            ("asks!", "what is asked"),
+        ],
+        answers: &[(200, "the answer"), (400, "the body is not readable"), (503, "nothing is published yet")],
+        handler: |m| on(m, peer::answer),
         ..GET
     },
     Route {

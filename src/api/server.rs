@@ -58,6 +58,7 @@ pub async fn serve(api: Api, listener: TcpListener, shutdown: CancellationToken)
         endpoint: api.endpoint,
         last_reading,
         requests: api.requests,
+        answers: api.answers,
         recent: Recent::default(),
         waiters: Semaphore::new(api.config.max_connections.div_ceil(WAITERS_SHARE)),
         connections: table.counts.clone(),

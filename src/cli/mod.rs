@@ -120,7 +120,7 @@ fn run(command: &Command) -> Result<Exit, Failure> {
         Command::Endpoint(arguments) => endpoint::run(arguments),
         Command::Status(asked) => status::run(&asked.global, &asked.own),
         Command::Switchover(asked) => operation::run(&asked.global, &asked.own.order()),
-        Command::Failover(asked) => operation::run(&asked.global, &asked.own.order()?),
+        Command::Failover(asked) => operation::run(&asked.global, &asked.own.order(&asked.global)?),
         Command::Restart(asked) => operation::run(&asked.global, &asked.own.order(&asked.global)?),
         Command::Reinit(asked) => operation::run(&asked.global, &asked.own.order()?),
         Command::Explain(asked) => explain::run(&asked.global, &asked.own),

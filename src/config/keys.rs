@@ -45,6 +45,8 @@ pub const KEYS: &[Key] = &[
     key("lease.ttl", Value(r#""8s""#)),
     key("lease.kill_budget", Value(r#""1s""#)),
     key("lease.renewal_timeout", Value(r#""2s""#)),
+    key("takeover.after", Value(r#""2s""#)),
+    key("takeover.after_refused", Value(r#""300ms""#)),
     key("sync.k", Value("1")),
     key("sync.max_stall", Value(r#""3s""#)),
     key("election.wait", Value(r#""500ms""#)),
@@ -56,6 +58,7 @@ pub const KEYS: &[Key] = &[
     key("rejoin.reclone", Value("true")),
     key("rejoin.timeout", Value(r#""60s""#)),
     key("rejoin.set_aside_budget", Value(r#""20GB""#)),
+    key("cold_start.wait", Value(r#""60s""#)),
     key("member.publish", Value(r#""3s""#)),
     key("postgresql.data_dir", Required),
     key("postgresql.bin_dir", None),
@@ -145,7 +148,10 @@ pub const OWNED_PARAMETERS: &[(&str, &str)] = &[
     ("recovery_end_command", "leave it away: recovery is pgvigil's"),
     ("recovery_*", "leave it away: nothing but pgvigil ends recovery"),
     ("promote_trigger_file", "leave it away: nothing but pgvigil promotes"),
-    ("allow_alter_system", "leave it away: pgvigil reads and corrects what ALTER SYSTEM writes"),
+    (
+        "allow_alter_system",
+        "leave it away: pgvigil switches ALTER SYSTEM off where PostgreSQL can (17 and newer), and corrects what it wrote",
+    ),
     ("wal_retrieve_retry_interval", "leave it away: how fast a standby turns to a new leader depends on it"),
 ];
 

@@ -18,10 +18,12 @@ pub(super) struct File {
     pub members: Vec<Member>,
     pub etcd: Etcd,
     pub lease: Lease,
+    pub takeover: Takeover,
     pub sync: Sync,
     pub election: Election,
     pub crash: Crash,
     pub rejoin: Rejoin,
+    pub cold_start: ColdStart,
     pub member: MemberSection,
     pub postgresql: Postgresql,
     pub tags: Tags,
@@ -65,6 +67,13 @@ pub(super) struct Lease {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+pub(super) struct Takeover {
+    pub after: Option<Span>,
+    pub after_refused: Option<Span>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub(super) struct Sync {
     pub k: Option<u32>,
     pub max_stall: Option<Span>,
@@ -92,6 +101,12 @@ pub(super) struct Rejoin {
     pub reclone: Option<bool>,
     pub timeout: Option<Span>,
     pub set_aside_budget: Option<Size>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct ColdStart {
+    pub wait: Option<Span>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -7,13 +7,15 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::election::{Verdict, judge};
+use super::names::MemberName;
+use super::peers::Peer;
 use super::plan::{SyncRule, parse_walreceiver_name};
 use super::records::{ClusterRecords, LeaderState, Operation, Outcome};
 use super::time::Moment;
 use super::timeline::Term;
 use super::view::{
-    ElectionMemory, Exit, GuardState, JobKind, Local, LocalPostgres, Me, Memory, OperationMemory, Policy, Receiver,
-    SeenRelease, Silence, Store,
+    ElectionMemory, Exit, GuardState, HolderMemory, JobKind, Local, LocalPostgres, Me, Memory, OperationMemory, Policy,
+    Receiver, SeenRelease, Silence, Store,
 };
 
 /// How an end of PostgreSQL begins that the guardian brought about: no crash of PostgreSQL's.
@@ -25,10 +27,20 @@ const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
 impl Memory {
     /// Takes in what this round observed.
-    pub fn observe(mut self, me: &Me, policy: &Policy, local: &Local, store: &Store, now: Moment) -> Memory {
+    pub fn observe(
+        mut self,
+        me: &Me,
+        policy: &Policy,
+        local: &Local,
+        store: &Store,
+        peers: &BTreeMap<MemberName, Peer>,
+        now: Moment,
+    ) -> Memory {
         self.observe_exit(&local.guard.state, policy, now);
+        self.witness &= local.postgres != LocalPostgres::Down;
         if let Store::Known { observed_at, records } = store {
-            self.observe_records(records, me, policy, *observed_at);
+            self.observe_records(records, me, policy, &local.postgres, *observed_at);
+            self.observe_holder(records, me, &local.postgres, peers, now);
             self.observe_replicas(records, &local.postgres, now);
             self.observe_promotion(records, me, &local.postgres, now);
         }
@@ -56,8 +68,18 @@ impl Memory {
         self.last_exit = *start_number;
     }
 
-    fn observe_records(&mut self, records: &ClusterRecords, me: &Me, policy: &Policy, observed_at: Moment) {
+    fn observe_records(
+        &mut self,
+        records: &ClusterRecords,
+        me: &Me,
+        policy: &Policy,
+        postgres: &LocalPostgres,
+        observed_at: Moment,
+    ) {
+        let silent = self.silence;
         self.silence = Silence::observe(self.silence, records, observed_at);
+        // Somebody leads or elects just now, and PostgreSQL runs here: what it has is not older than the cluster's end.
+        self.witness |= silent.is_some() && silent != self.silence && *postgres != LocalPostgres::Down;
         let leader = records.leader.present();
         self.releases = leader
             .filter(|l| matches!(l.value.state, LeaderState::Released { .. } | LeaderState::Fenced { .. }))
@@ -78,22 +100,50 @@ impl Memory {
                 self.held = Some(leader.value.clone());
             }
         }
-        self.observe_election(records, me, policy, observed_at);
+        self.observe_election(records, me, policy, postgres, observed_at);
         for (name, record) in &records.members {
             let beat = record.value.beat;
             match self.beats.get(name) {
                 Some((known, _)) if *known == beat => {}
-                _ => {
+                known => {
+                    if known.is_some() {
+                        self.spoke.insert(name.clone(), observed_at);
+                    }
                     self.beats.insert(name.clone(), (beat, observed_at));
                 }
             }
         }
         self.beats.retain(|name, _| records.members.contains_key(name));
+        self.spoke.retain(|name, _| records.members.contains_key(name));
         self.observe_requests(records, me, observed_at);
     }
 
+    fn observe_holder(
+        &mut self,
+        records: &ClusterRecords,
+        me: &Me,
+        postgres: &LocalPostgres,
+        peers: &BTreeMap<MemberName, Peer>,
+        now: Moment,
+    ) {
+        let Some(leader) = records.leader() else { return };
+        // It reads that its term was taken on suspicion, and is as alive as can be.
+        if let Some(taken) = leader.taken.as_ref().filter(|taken| taken.from == me.id && postgres.primary().is_some()) {
+            self.overtaken = self.overtaken.max(Some(taken.term));
+        }
+        let who = (&leader.holder.name, leader.term, self.term_since.unwrap_or(now));
+        self.holder = Some(HolderMemory::observe(self.holder.take(), who, postgres, peers.get(who.0), now));
+    }
+
     /// Since when we coordinate, and since when enough are sealed.
-    fn observe_election(&mut self, records: &ClusterRecords, me: &Me, policy: &Policy, now: Moment) {
+    fn observe_election(
+        &mut self,
+        records: &ClusterRecords,
+        me: &Me,
+        policy: &Policy,
+        postgres: &LocalPostgres,
+        now: Moment,
+    ) {
         let Some(leader) = records.leader().filter(|l| l.holder == me.id) else {
             self.election = None;
             return;
@@ -102,13 +152,26 @@ impl Memory {
         let LeaderState::Electing { preferred, winner, .. } = &leader.state else { return };
         if winner.is_some() {
             let since = known.map(|e| e.since).unwrap_or(now);
-            self.election = Some(ElectionMemory { term: leader.term, since, enough_since: Some(since) });
+            self.election = Some(ElectionMemory { term: leader.term, since, enough_since: Some(since), copied: None });
             return;
         }
-        let enough = matches!(judge(records, leader, policy.max_lag, preferred.as_ref()), Verdict::Elected(_));
+        let verdict = judge(records, leader, policy.max_lag, preferred.as_ref());
+        let enough = matches!(verdict, Verdict::Elected(_));
         let enough_since = known.and_then(|e| e.enough_since).or(enough.then_some(now));
-        self.election =
-            Some(ElectionMemory { term: leader.term, since: known.map(|e| e.since).unwrap_or(now), enough_since });
+        let at = match &verdict {
+            Verdict::Copying(copying) if copying.by == me.id.name => postgres.standby().map(|s| s.replayed),
+            Verdict::Copying(copying) => records.members.get(&copying.by).and_then(|m| m.value.replayed),
+            Verdict::Elected(_) | Verdict::Waiting { .. } | Verdict::Impossible { .. } => None,
+        };
+        let before = known.and_then(|e| e.copied);
+        let copied = match (at, before) {
+            (Some(at), Some((before, since))) if at == before => Some((before, since)),
+            (Some(at), _) => Some((at, now)),
+            // A verdict between two seals of the same copy.
+            (None, before) => before,
+        };
+        let since = known.map(|e| e.since).unwrap_or(now);
+        self.election = Some(ElectionMemory { term: leader.term, since, enough_since, copied });
     }
 
     /// Everything that belongs to one term only.

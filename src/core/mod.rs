@@ -14,11 +14,14 @@ pub mod lint;
 pub mod lsn;
 pub mod memory;
 pub mod names;
+pub mod outlook;
+pub mod peers;
 pub mod plan;
 pub mod publish;
 pub mod records;
 pub mod route;
 pub mod rules;
+pub mod silence;
 pub mod sync_set;
 #[doc(hidden)]
 pub mod testing;

@@ -25,11 +25,28 @@ pub struct LeaderRecord {
     pub state: LeaderState,
     /// T_h of the holder in milliseconds. A candidate waits for its own W or for this one's, whichever is longer.
     pub ttl_ms: u64,
+    /// After how much silence the holder expects to be overtaken where no clock is needed (`takeover.after`): its gate holds
+    /// from a little before. A candidate waits for its own or for this one's, whichever is longer.
+    #[serde(default)]
+    pub takeover_ms: u64,
+    /// Set when this term began by taking it from a silent holder before W.
+    #[serde(default)]
+    pub taken: Option<Taken>,
     /// While electing: the last position that the leader before had published with its heartbeat.
     #[serde(default)]
     pub lsn: Option<Lsn>,
     /// The last leader that published `held`; kept through `electing` until the next one publishes.
     pub last: Option<Published>,
+}
+
+/// From whom a term was taken on suspicion: whether it was right shows later, and decides how patient the next one is (L5).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taken {
+    pub from: MemberId,
+    /// The term that was taken from it.
+    pub term: Term,
+    /// How often `takeover.after` was doubled when it was taken.
+    pub doubled: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -231,11 +248,30 @@ pub struct MemberRecord {
     pub agent_version: String,
     pub pending_restart: bool,
     pub job: Option<JobProgress>,
+    /// The last term that was taken from this member while its PostgreSQL was read-write: the suspicion was wrong.
+    #[serde(default)]
+    pub overtaken: Option<Term>,
     /// The last plan's rule and reason, so that any member can tell what every other waits for (L6).
     pub rule: String,
     pub reason: String,
     /// Counts up with every publication: a reader's own clock tells how old it is.
     pub beat: u64,
+    /// PostgreSQL here has run since before a leader's sign of life was last seen: not a cold start.
+    #[serde(default)]
+    pub witness: bool,
+    /// WAL that only this member had, kept for a person.
+    #[serde(default)]
+    pub kept: Vec<KeptWal>,
+}
+
+/// Transactions that were on this member alone when it was brought back onto the leader's line: listed and kept (S5).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptWal {
+    pub timeline: TimelineId,
+    /// Where it left the line that the cluster went on with.
+    pub left_at: Lsn,
+    pub transactions: u64,
+    pub directory: String,
 }
 
 /// `history/<term>`: who became leader, when, why, how long each phase took.
@@ -265,6 +301,18 @@ pub struct Request {
     /// finds it done.
     pub began: Option<Term>,
     pub outcome: Option<Outcome>,
+    /// A failover that goes past what the store claims: a person has seen what is lost and takes it upon himself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub force: Option<Force>,
+}
+
+/// What a person said who forces a failover.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Force {
+    /// Term of the last published leader when it was asked for: good for this vacancy and for no later one.
+    pub last_term: Term,
+    /// Hosts that are off by his word, typed name by name.
+    pub off: BTreeSet<MemberName>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -282,11 +330,14 @@ pub enum Operation {
 
 impl Operation {
     /// What a request begins with: asked for while nobody leads, a change of leader is fulfilled by any later leader.
-    /// Nothing else is: a restart that ends a crash loop still has to be done.
-    pub fn begun_when_asked(&self, leader: Option<&LeaderRecord>) -> Option<Term> {
+    /// Nothing else is: a restart that ends a crash loop still has to be done. `missed`: the holder shows no sign of life.
+    pub fn begun_when_asked(&self, leader: Option<&LeaderRecord>, missed: bool) -> Option<Term> {
         match self {
             Operation::Switchover { .. } | Operation::Failover { .. } => {
-                leader.filter(|l| l.state != LeaderState::Held).map(|l| l.term)
+                let leader = leader.filter(|l| missed || l.state != LeaderState::Held)?;
+                // The one who is being elected has fulfilled it, under this very term.
+                let elected = matches!(leader.state, LeaderState::Electing { .. });
+                Some(Term(leader.term.0.saturating_sub(u64::from(elected))))
             }
             Operation::Restart { .. } | Operation::Reinit { .. } => None,
         }
@@ -377,6 +428,17 @@ pub struct ClusterRecords {
 impl ClusterRecords {
     pub fn leader(&self) -> Option<&LeaderRecord> {
         self.leader.value()
+    }
+
+    /// What a person forces while nobody leads.
+    pub fn forced(&self) -> Option<&Force> {
+        let leader = self.leader()?;
+        let last = leader.last.as_ref().map(|last| last.term).unwrap_or_default();
+        self.requests
+            .values()
+            .filter(|r| r.value.outcome.is_none() && matches!(r.value.what, Operation::Failover { .. }))
+            .filter_map(|r| r.value.force.as_ref())
+            .find(|force| force.last_term == last)
     }
 
     /// The highest timeline number that anybody reserved or published.

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::lease::Timings;
+use super::lease::{Takeover, Timings};
 use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
 use super::plan::{Follow, Plan, Source, SyncRule, walreceiver_name};
@@ -55,6 +55,8 @@ pub fn policy() -> Policy {
         member_publish: secs(3),
         rejoin_timeout: Duration::from_secs(60),
         reclone: true,
+        takeover: Takeover::default(),
+        cold_start_wait: secs(60),
     }
 }
 
@@ -101,6 +103,8 @@ impl Cluster {
             term,
             state: LeaderState::Held,
             ttl_ms: 8_000,
+            takeover_ms: 2_000,
+            taken: None,
             lsn: None,
             last: Some(last),
         };
@@ -169,9 +173,12 @@ impl Cluster {
             agent_version: "0.1.0".to_owned(),
             pending_restart: false,
             job: None,
+            overtaken: None,
             rule: "follower".to_owned(),
             reason: "follows the leader".to_owned(),
             beat: 7,
+            witness: true,
+            kept: Vec::new(),
         };
         self.records.members.insert(id.name, Keyed { revision: 90, value: record });
         self
@@ -217,6 +224,7 @@ impl Cluster {
                 },
                 postgres,
                 guard: Guard { state, real_time: true, control_group: true, death_covered: true },
+                kept: Vec::new(),
             },
             store: Store::Known { observed_at: self.now, records: Box::new(self.records.clone()) },
             lease: match leads {
@@ -224,6 +232,7 @@ impl Cluster {
                 None => LeaseView::None,
             },
             memory: self.memory(leads.is_some()),
+            peers: BTreeMap::new(),
             job: None,
             stopping: false,
         }
@@ -241,6 +250,8 @@ impl Cluster {
             },
             silence: Silence::observe(None, &self.records, self.now),
             beats: self.records.members.iter().map(|(n, m)| (n.clone(), (m.value.beat, self.now))).collect(),
+            spoke: self.records.members.keys().map(|n| (n.clone(), self.now)).collect(),
+            witness: true,
             enforced: if leads { self.enforced.clone() } else { None },
             ..Memory::default()
         }
@@ -293,6 +304,7 @@ impl Cluster {
                 term: leader.term,
             }),
             receiver: if leader.is_some() { Receiver::Streaming } else { Receiver::None },
+            last_message: leader.map(|_| LastMessage { mark: 1, age_ms: 0 }),
             pending_restart: false,
             slots: BTreeMap::new(),
         }

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::lease::Timings;
+use super::lease::{Takeover, Timings};
 use super::lsn::Lsn;
 use super::names::{MemberId, MemberName};
+use super::peers::Peer;
 use super::plan::{Follow, SyncRule};
-use super::records::{ClusterRecords, Durability, LeaderRecord, MemberRecord, Outcome, Tags};
+use super::records::{ClusterRecords, Durability, KeptWal, LeaderRecord, MemberRecord, Outcome, Tags};
 use super::route::EndpointPorts;
 use super::time::Moment;
 use super::timeline::{History, Term, TimelineId};
@@ -25,9 +26,27 @@ pub struct View {
     pub store: Store,
     pub lease: LeaseView,
     pub memory: Memory,
+    /// The other members, by their agents' own word and by how their ports behave.
+    #[serde(default)]
+    pub peers: BTreeMap<MemberName, Peer>,
     pub job: Option<Job>,
     /// The agent was told to stop (SIGTERM): hand over, then stop PostgreSQL.
     pub stopping: bool,
+}
+
+impl View {
+    /// Until when clients may be served under the lease that this member holds, in sync mode: whoever takes over without
+    /// waiting for clocks does so later (S4). Moved on by every renewal; `None`: no lease, or its D alone counts (async).
+    pub fn gate_until(&self) -> Option<Moment> {
+        let LeaseView::Held { deadline, .. } = &self.lease else { return None };
+        let claimed = self.store.records().and_then(|records| records.sync.value()).map(|claim| claim.mode);
+        match claimed.unwrap_or(self.policy.durability) {
+            Durability::Async => None,
+            Durability::Sync | Durability::Strict => {
+                Some(deadline.minus(self.policy.timings.ttl).plus(self.policy.takeover.gate()))
+            }
+        }
+    }
 }
 
 /// Who this agent is: from the configuration and the state file.
@@ -71,6 +90,11 @@ pub struct Policy {
     pub rejoin_timeout: Duration,
     /// Sets diverged data aside and clones when a rewind is not possible.
     pub reclone: bool,
+    #[serde(default)]
+    pub takeover: Takeover,
+    /// Async: how long the last primary is waited for when everything was off; then a person decides.
+    #[serde(default)]
+    pub cold_start_wait: Duration,
 }
 
 // === What is here ===
@@ -81,6 +105,9 @@ pub struct Local {
     pub data: DataDirectory,
     pub postgres: LocalPostgres,
     pub guard: Guard,
+    /// What earlier rejoins kept of WAL that only this member had.
+    #[serde(default)]
+    pub kept: Vec<KeptWal>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,8 +184,19 @@ pub struct StandbyFacts {
     /// What the running server has for primary_conninfo, as a `Follow`; `None`: parked.
     pub follows: Option<Follow>,
     pub receiver: Receiver,
+    /// The receiver's last message from its walsender; `None`: it does not stream.
+    #[serde(default)]
+    pub last_message: Option<LastMessage>,
     pub pending_restart: bool,
     pub slots: BTreeMap<String, Option<Lsn>>,
+}
+
+/// When a walreceiver last heard something, by the wall clock of its host. Only that `mark` changes is a fact; the age is
+/// believed no further than from one look to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastMessage {
+    pub mark: u64,
+    pub age_ms: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -306,6 +344,9 @@ pub struct Memory {
     /// When that term was first seen here.
     pub term_since: Option<Moment>,
     pub silence: Option<Silence>,
+    /// Signs of life of the holder of the leader record that this member saw with its own eyes.
+    #[serde(default)]
+    pub holder: Option<HolderMemory>,
     pub releases: Option<SeenRelease>,
     /// Since when each member of the published set has not streamed, as this leader saw it.
     pub stalled: BTreeMap<MemberName, Moment>,
@@ -313,6 +354,12 @@ pub struct Memory {
     pub streamed: BTreeMap<MemberName, (Lsn, Moment)>,
     /// Beats of the other members and when each was last seen to change.
     pub beats: BTreeMap<MemberName, (u64, Moment)>,
+    /// When each other member's record was last seen to *change*: a record that only stands there may be of the past.
+    #[serde(default)]
+    pub spoke: BTreeMap<MemberName, Moment>,
+    /// PostgreSQL here has run since before a leader's sign of life was last seen.
+    #[serde(default)]
+    pub witness: bool,
     /// The rule that a barrier confirmed under the present term; `None`: unknown.
     pub enforced: Option<SyncRule>,
     /// A write of `sync` whose outcome is unknown: enough for both claims is enforced until a later write succeeds.
@@ -326,6 +373,9 @@ pub struct Memory {
     pub promotion_failed: Option<Term>,
     /// Our own election of this term, and when it began.
     pub election: Option<ElectionMemory>,
+    /// The last term that was taken from this member while its PostgreSQL was read-write.
+    #[serde(default)]
+    pub overtaken: Option<Term>,
     /// When this member became a promoted winner, per term.
     pub promoted: Option<(Term, Moment)>,
     /// Crashes of PostgreSQL within the window, by start number.
@@ -375,6 +425,20 @@ pub struct Silence {
     pub first_seen: Moment,
 }
 
+/// What this member saw of one holder in one term.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HolderMemory {
+    pub member: MemberName,
+    pub term: Term,
+    /// Its agent answered, its PostgreSQL streamed to this member: only then do refusals mean anything.
+    pub agent_answered: bool,
+    pub postgres_answered: bool,
+    /// Mark of the last message from its walsender, and when that came.
+    pub wal: Option<(u64, Moment)>,
+    /// When this member's own PostgreSQL was last looked at.
+    pub looked_at: Option<Moment>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SeenRelease {
     pub leader_revision: i64,
@@ -387,6 +451,9 @@ pub struct ElectionMemory {
     pub since: Moment,
     /// When as many seals as needed were first there.
     pub enough_since: Option<Moment>,
+    /// How far a member that copies WAL from another has come, and since when.
+    #[serde(default)]
+    pub copied: Option<(Lsn, Moment)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,5 +1,6 @@
 //! A whole cluster: starts it, waits for states, breaks it, ends it without leaving anything behind.
 
+use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -7,11 +8,11 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::DemoError;
 use super::etcd::Etcd;
 use super::member::{Common, Member, Owner};
 use super::sql::{self, Login, Session};
 use super::writer::{Address, Ids, Writer};
+use super::{DemoError, Host};
 use super::{ports, processes};
 use crate::client::Client;
 use crate::fencing::control_group_name;
@@ -32,6 +33,9 @@ const OWNER: &str = "owner.pid";
 pub struct Options {
     pub members: usize,
     pub etcd: usize,
+    /// Where members and members of etcd run, in their order; loopback for those that have none.
+    pub hosts: Vec<Host>,
+    pub etcd_hosts: Vec<Host>,
     /// The program under test; `None`: this one.
     pub binary: Option<PathBuf>,
     /// Where base directories are made; `None`: the system's directory for temporary files.
@@ -55,6 +59,8 @@ impl Default for Options {
         Options {
             members: 3,
             etcd: 3,
+            hosts: Vec::new(),
+            etcd_hosts: Vec::new(),
             binary: None,
             parent: None,
             durability: "sync".to_owned(),
@@ -132,7 +138,7 @@ impl Cluster {
             let _ = std::fs::remove_dir_all(&base);
             return Err(error);
         }
-        let etcd = match Etcd::start(&base, options.etcd) {
+        let etcd = match Etcd::start(&base, options.etcd, &options.etcd_hosts) {
             Ok(etcd) => etcd,
             Err(error) => {
                 let _ = std::fs::remove_dir_all(&base);
@@ -143,8 +149,10 @@ impl Cluster {
         let names = ('a'..='z').map(|letter| format!("node-{letter}"));
         let members: Vec<Member> = names
             .take(options.members)
-            .filter_map(|name| {
-                Some(Member::new(&base, &name, [free.next()?, free.next()?, free.next()?, free.next()?]))
+            .zip(options.hosts.iter().cloned().chain(std::iter::repeat_with(Host::default)))
+            .filter_map(|(name, host)| {
+                let ports = [free.next()?, free.next()?, free.next()?, free.next()?];
+                Some(Member::new(&base, &name, host, ports))
             })
             .collect();
         // From here on the cluster's drop cleans up, whatever fails.
@@ -162,7 +170,7 @@ impl Cluster {
         let common = Common {
             cluster: cluster.name.clone(),
             etcd: cluster.etcd.endpoints(),
-            members: cluster.members.iter().map(|m| (m.name.clone(), m.port, m.api_port)).collect(),
+            members: cluster.members.iter().map(|m| (m.name.clone(), m.host.address, m.port, m.api_port)).collect(),
             durability: options.durability,
             lease: options.lease,
             etcd_try_timeout: options.etcd_try_timeout,
@@ -273,18 +281,21 @@ impl Cluster {
 
     pub async fn connect(&self, member: usize, login: &Login) -> Result<Session, DemoError> {
         let member = &self.members[member];
-        sql::connect(member.port, login, Duration::from_secs(5))
+        sql::connect_to(member.address(), login, Duration::from_secs(5))
             .await
             .map_err(|why| DemoError::failed(format!("connect to PostgreSQL of {}", member.name), why))
     }
 
     pub fn addresses(&self) -> Vec<Address> {
-        self.members.iter().map(|m| Address { member: m.name.clone(), port: m.port }).collect()
+        self.members.iter().map(|m| Address { member: m.name.clone(), at: m.address() }).collect()
     }
 
     /// Where clients come in through endpoints.
     pub fn endpoints(&self) -> Vec<Address> {
-        self.members.iter().map(|m| Address { member: m.name.clone(), port: m.endpoint_port }).collect()
+        self.members
+            .iter()
+            .map(|m| Address { member: m.name.clone(), at: SocketAddr::new(m.host.address, m.endpoint_port) })
+            .collect()
     }
 
     pub fn writer(&self, clients: usize) -> Writer {

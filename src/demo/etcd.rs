@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use super::DemoError;
 use super::ports::{self, Port};
 use super::processes::Process;
+use super::{DemoError, Host};
 
 pub struct Etcd {
     program: PathBuf,
@@ -18,13 +18,15 @@ pub struct Etcd {
 
 pub struct EtcdMember {
     pub name: String,
+    pub host: Host,
     client: Port,
     peer: Port,
     process: Option<Process>,
 }
 
 impl Etcd {
-    pub fn start(base: &Path, count: usize) -> Result<Etcd, DemoError> {
+    /// `hosts` in the members' order; loopback for those that have none.
+    pub fn start(base: &Path, count: usize, hosts: &[Host]) -> Result<Etcd, DemoError> {
         let program = find("etcd").ok_or_else(|| DemoError::Missing {
             what: "etcd".to_owned(),
             remedy: "install etcd (Debian: `apt-get install etcd-server`), or let scripts/demo do it".to_owned(),
@@ -33,7 +35,8 @@ impl Etcd {
         let members = (1..=count)
             .filter_map(|number| {
                 let (client, peer) = (free.next()?, free.next()?);
-                Some(EtcdMember { name: format!("etcd-{number}"), client, peer, process: None })
+                let host = hosts.get(number - 1).cloned().unwrap_or_default();
+                Some(EtcdMember { name: format!("etcd-{number}"), host, client, peer, process: None })
             })
             .collect();
         let mut etcd = Etcd { program, base: base.to_owned(), members };
@@ -44,15 +47,29 @@ impl Etcd {
     }
 
     pub fn endpoints(&self) -> Vec<String> {
-        self.members.iter().map(|m| format!("http://127.0.0.1:{}", m.client.number)).collect()
+        self.members.iter().map(|m| m.url(&m.client)).collect()
+    }
+
+    /// `data` and `etcd.log` are in it.
+    pub fn directory(&self, index: usize) -> PathBuf {
+        self.base.join(&self.members[index].name)
+    }
+
+    /// A cluster that is restored from a backup needs the same one.
+    pub fn token(&self) -> String {
+        format!("pgvigil-{}", self.members[0].peer.number)
+    }
+
+    pub fn pid(&self, index: usize) -> Option<i32> {
+        self.members[index].process.as_ref().and_then(Process::pid)
     }
 
     /// Starts it for the first time, or again with the data that it has.
     pub fn start_member(&mut self, index: usize) -> Result<(), DemoError> {
-        let url = |port: &Port| format!("http://127.0.0.1:{}", port.number);
-        let cluster: Vec<String> = self.members.iter().map(|m| format!("{}={}", m.name, url(&m.peer))).collect();
+        let cluster: Vec<String> = self.members.iter().map(|m| format!("{}={}", m.name, m.url(&m.peer))).collect();
         let member = &self.members[index];
-        let directory = self.base.join(&member.name);
+        let url = |port: &Port| member.url(port);
+        let directory = self.directory(index);
         std::fs::create_dir_all(&directory)
             .map_err(|error| DemoError::failed(format!("make {}", directory.display()), error))?;
         let options = [
@@ -63,12 +80,12 @@ impl Etcd {
             ("--listen-peer-urls", url(&member.peer)),
             ("--initial-advertise-peer-urls", url(&member.peer)),
             ("--initial-cluster", cluster.join(",")),
-            ("--initial-cluster-token", format!("pgvigil-{}", self.members[0].peer.number)),
+            ("--initial-cluster-token", self.token()),
             ("--initial-cluster-state", "new".to_owned()),
         ];
         let arguments: Vec<OsString> = options.iter().flat_map(|(name, value)| [name.into(), value.into()]).collect();
         let log = directory.join("etcd.log");
-        let process = Process::spawn(&member.name, &self.program, &arguments, &[], &directory, &log)?;
+        let process = Process::spawn(&member.name, &member.host, &self.program, &arguments, &directory, &log)?;
         self.members[index].process = Some(process);
         Ok(())
     }
@@ -94,6 +111,16 @@ impl Etcd {
         for index in 0..self.members.len() {
             self.stop_member(index).await;
         }
+    }
+}
+
+impl EtcdMember {
+    fn url(&self, port: &Port) -> String {
+        format!("http://{}:{}", self.host.address, port.number)
+    }
+
+    pub fn peer_url(&self) -> String {
+        self.url(&self.peer)
     }
 }
 

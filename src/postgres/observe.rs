@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use crate::core::Lsn;
 use crate::core::timeline::TimelineId;
-use crate::core::view::{Guard, GuardState, LocalPostgres, PrimaryFacts, Receiver, Replica, StandbyFacts};
+use crate::core::view::{Guard, GuardState, LastMessage, LocalPostgres, PrimaryFacts, Receiver, Replica, StandbyFacts};
 
 use super::session::{Row, Rows, Session, SessionError};
 use super::{LocalServer, put, settings, take, timelines};
@@ -94,6 +94,7 @@ async fn read(server: &LocalServer, deadline: Instant) -> Result<LocalPostgres, 
             replay_delay_ms: milliseconds(server_row, "replay_delay_ms")?,
             follows: settings::parse_follow(conninfo, slot, &server.config),
             receiver,
+            last_message: last_message(server_row)?,
             pending_restart,
             slots,
         }));
@@ -142,6 +143,12 @@ async fn ask(server: &LocalServer, sql: &str, deadline: Instant) -> Result<Vec<R
 fn milliseconds(row: Row<'_>, column: &str) -> Result<Option<u64>, SessionError> {
     // A clock set back makes it negative: then it is no age at all.
     Ok(row.parsed_optional::<i64>(column)?.map(|ms| u64::try_from(ms).unwrap_or(0)))
+}
+
+fn last_message(row: Row<'_>) -> Result<Option<LastMessage>, SessionError> {
+    let mark = row.parsed_optional("last_message_mark")?;
+    let age_ms = milliseconds(row, "last_message_age_ms")?;
+    Ok(mark.zip(age_ms).map(|(mark, age_ms)| LastMessage { mark, age_ms }))
 }
 
 fn read_replica(row: Row<'_>) -> Result<Replica, SessionError> {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pgvigil::agent::answers::Answers;
 use pgvigil::agent::status::Status;
 use pgvigil::api::testing::{StandingClock, published};
 use pgvigil::api::{Accepted, Api, ApiRequest, ROUTES, Refusal, openapi_document, serve};
@@ -66,6 +67,11 @@ async fn start_with(view: View, change: impl FnOnce(&mut ApiConfig)) -> Server {
         endpoint: watch::channel(None).1,
         config,
         cluster: ClusterName::new("maas").unwrap(),
+        answers: Arc::new(Answers {
+            cluster: ClusterName::new("maas").unwrap(),
+            status: published_status.clone(),
+            clock: clock.clone(),
+        }),
         status: published_status,
         requests: ask,
         clock: clock.clone(),
@@ -147,6 +153,7 @@ fn with_request(id: &str, outcome: Option<Outcome>) -> View {
         timeout_ms: 1_000,
         began: None,
         outcome,
+        force: None,
     };
     let add = |records: &mut ClusterRecords| {
         records.requests.insert(id.to_owned(), Keyed { revision: 1, value });

@@ -38,6 +38,8 @@ fn leader(term: u64) -> LeaderRecord {
         term: Term(term),
         state: LeaderState::Held,
         ttl_ms: 8000,
+        takeover_ms: 2000,
+        taken: None,
         lsn: None,
         last: None,
     }
@@ -272,6 +274,7 @@ async fn refusals_write_nothing(store: &dyn Store, cluster: &ClusterName) {
             timeout_ms: 0,
             began: None,
             outcome: None,
+            force: None,
         })
     };
     let large = request("r", &"x".repeat(70_000));

@@ -18,6 +18,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("postgres", &["ports", "config", "core"]),
     // The fence speaks to the guardian in the guardian's own words.
     ("fencing", &["ports", "config", "core", "guardian"]),
+    ("peers", &["ports", "config", "core"]),
     ("agent", &["ports", "config", "core"]),
     ("api", &["ports", "config", "core", "agent::status"]),
     // The agent's side reads what the agent publishes; the gate reads the guardian's page; the router asks agents.

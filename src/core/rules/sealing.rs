@@ -1,8 +1,6 @@
 //! Somebody else coordinates an election: give our word that no WAL of a lower term is taken any more.
 
-use std::time::Duration;
-
-use super::Facts;
+use super::{Facts, copying, takeover};
 use crate::core::plan::{Plan, Step};
 use crate::core::records::LeaderState;
 use crate::core::view::{DataDirectory, LocalPostgres, View};
@@ -25,8 +23,7 @@ pub fn rule(view: &View) -> Option<Plan> {
         return Some(Plan::new("seal.copied", why));
     }
     // A coordinator that is silent is overtaken like a leader: that is the next rules' matter, sealed or not.
-    let patience = view.policy.timings.candidate_wait(Duration::from_millis(leader.value.ttl_ms));
-    if view.memory.silence.is_some_and(|s| view.now.all_reached(s.first_seen.plus(patience))) {
+    if takeover::is_open(&facts, &leader.value) {
         return None;
     }
     let sealed = facts
@@ -34,7 +31,12 @@ pub fn rule(view: &View) -> Option<Plan> {
         .seals
         .get(&facts.me().name)
         .is_some_and(|seal| seal.value.term == term && seal.value.incarnation == facts.me().incarnation);
-    if sealed {
+    if let Some(copying) = copying::asked(&facts).filter(|_| sealed) {
+        return Some(copying::copy(&facts, term, leader.revision, &copying));
+    }
+    // Whoever was copying and is not any more (somebody with everything may lead after all) is sealed where it is now.
+    let copies = view.local.postgres.standby().is_some_and(|standby| standby.follows.is_some());
+    if sealed && !copies {
         return Some(Plan::new("seal.done", format!("sealed for term {term}; waiting for {coordinator} to choose")));
     }
     Some(seal(&facts, term, leader.revision, &format!("{coordinator} elects for term {term}")))

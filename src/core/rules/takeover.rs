@@ -1,14 +1,16 @@
-//! Way A of protocol §5: the term was released, or its lease is silent for W by our own clocks. Begin an election.
+//! Beginning an election (protocol §5): the term was released, or its lease is silent for W by our own clocks (way A); or its
+//! holder gives no sign of life to anybody whose seal is needed, and commits need theirs (way B).
 
 use std::time::Duration;
 
-use super::{Facts, scattered, seconds};
+use super::{Facts, cold_start, scattered, seconds};
 use crate::core::election::list;
 use crate::core::names::{MemberId, MemberName};
 use crate::core::plan::Plan;
 use crate::core::records::{
-    Durability, Entry, Key, LeaderRecord, LeaderState, Operation, SyncClaim, Transaction, Write,
+    Durability, Entry, Key, LeaderRecord, LeaderState, Operation, SyncClaim, Taken, Transaction, Write,
 };
+use crate::core::silence::{self, WayB};
 use crate::core::time::Moment;
 use crate::core::view::{DataDirectory, LocalPostgres, View};
 
@@ -19,10 +21,10 @@ pub fn rule(view: &View) -> Option<Plan> {
     let facts = Facts::of(view)?;
     facts.records.init.value()?;
     let leader = facts.leader?;
-    let (since, preferred) = match vacancy(&facts, &leader.value) {
+    let (since, preferred, way) = match vacancy(&facts, &leader.value) {
         Vacancy::Occupied => return None,
         Vacancy::Until { at, why } => return hold(&facts, why, at),
-        Vacancy::Open { why, preferred } => (why, preferred),
+        Vacancy::Open { why, preferred, way } => (why, preferred, way),
     };
 
     if !matches!(view.local.data, DataDirectory::Present { .. }) {
@@ -68,14 +70,20 @@ pub fn rule(view: &View) -> Option<Plan> {
     record.boot_id = view.me.boot_id.clone();
     record.term = leader.value.term.max(view.memory.durable.highest_term).next();
     record.ttl_ms = view.policy.timings.ttl.as_millis() as u64;
+    record.takeover_ms = view.policy.takeover.after.as_millis() as u64;
+    record.taken = taken(&facts, &leader.value, way);
     record.lsn = facts.last_published_lsn();
     record.state = LeaderState::Electing { coordinator: facts.me().name.clone(), preferred, winner: None };
     let reason = format!("{since}: electing for term {}", record.term);
     // One transaction: the record as we saw it becomes ours (step 1). The claim is read after it, never before.
     // The lease too: a reading that is old by now must not take over from a leader that renewed since.
-    let transaction = Transaction::when(Key::Leader, leader.revision)
+    let mut transaction = Transaction::when(Key::Leader, leader.revision)
         .and(Key::Lease, facts.records.lease.revision())
         .put(Write::Leader(record));
+    if way == Way::B {
+        // S1: the claim that makes clocks needless still stands. A leader that went over to async since acknowledges alone.
+        transaction = transaction.and(Key::Sync, facts.records.sync.revision());
+    }
     Some(Plan::new("takeover", reason).step(facts.commit("begin an election", transaction)))
 }
 
@@ -89,7 +97,26 @@ enum Vacancy {
     Open {
         why: String,
         preferred: Option<MemberName>,
+        way: Way,
     },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    A,
+    B,
+}
+
+/// Could the record be taken from its holder now?
+pub fn is_open(facts: &Facts<'_>, record: &LeaderRecord) -> bool {
+    matches!(vacancy(facts, record), Vacancy::Open { .. })
+}
+
+/// What the new record says of how it began. A change that has not ended yet keeps the suspicion that it began with.
+fn taken(facts: &Facts<'_>, record: &LeaderRecord, way: Way) -> Option<Taken> {
+    let published = record.last.as_ref().is_some_and(|last| last.term == record.term);
+    let now = || Taken { from: record.holder.clone(), term: record.term, doubled: silence::doubled(facts, record) };
+    record.taken.clone().filter(|_| !published).or_else(|| (way == Way::B).then(now))
 }
 
 fn vacancy(facts: &Facts<'_>, record: &LeaderRecord) -> Vacancy {
@@ -109,7 +136,7 @@ fn vacancy(facts: &Facts<'_>, record: &LeaderRecord) -> Vacancy {
                     seen.plus(Duration::from_millis(300) + scattered(facts.me(), term, Duration::from_secs(2)));
             }
             if view.now.all_reached(not_before) {
-                Vacancy::Open { why: said, preferred: asked }
+                Vacancy::Open { why: said, preferred: asked, way: Way::A }
             } else {
                 Vacancy::Until { at: not_before, why: format!("{said}; {} goes first", name_or_others(to.as_ref())) }
             }
@@ -117,6 +144,7 @@ fn vacancy(facts: &Facts<'_>, record: &LeaderRecord) -> Vacancy {
         LeaderState::Fenced { survivors } => Vacancy::Open {
             why: format!("{} is fenced with {survivors} processes left in uninterruptible I/O", record.holder.name),
             preferred: asked_for(facts),
+            way: Way::A,
         },
         LeaderState::Held | LeaderState::Electing { .. } => {
             let Some(silence) = view.memory.silence else { return Vacancy::Occupied };
@@ -125,9 +153,22 @@ fn vacancy(facts: &Facts<'_>, record: &LeaderRecord) -> Vacancy {
             let silent = view.now.since(silence.first_seen);
             if view.now.all_reached(at) {
                 let why = format!("{} is silent for {} under term {term}", record.holder.name, seconds(silent));
-                return Vacancy::Open { why, preferred: asked_for(facts) };
+                return Vacancy::Open { why, preferred: asked_for(facts), way: Way::A };
             }
-            Vacancy::Occupied
+            // A person says that its host is off: nothing is left to be waited for, unless it renews.
+            let off = facts.records.forced().is_some_and(|force| force.off.contains(&record.holder.name));
+            if off && silent >= view.policy.timings.heartbeat * 2 {
+                let why =
+                    format!("{} is off by a person's word and silent for {}", record.holder.name, seconds(silent));
+                return Vacancy::Open { why, preferred: asked_for(facts), way: Way::A };
+            }
+            match silence::way_b(facts) {
+                WayB::Open { why } => {
+                    let why = format!("{why} under term {term}");
+                    Vacancy::Open { why, preferred: asked_for(facts), way: Way::B }
+                }
+                WayB::Heard | WayB::Until(_) | WayB::Barred { .. } => Vacancy::Occupied,
+            }
         }
     }
 }
@@ -164,11 +205,13 @@ fn may_stand(facts: &Facts<'_>, claim: &SyncClaim) -> Result<(), String> {
         ));
     }
     if claim.mode == Durability::Async {
-        let member = facts.records.membership.value().is_some_and(|m| m.members.contains(&facts.me().name));
-        return if member { Ok(()) } else { Err("this member is not in the membership yet".to_owned()) };
+        return cold_start::may_stand(facts, claim);
+    }
+    if facts.records.forced().is_some() {
+        return Ok(());
     }
     let electorate = claim.electorate();
-    if !electorate.contains(facts.me()) {
+    if !electorate.contains(facts.me()) && !stands_in(facts, claim) {
         return Err(if claim.k == 0 {
             format!(
                 "commits were acknowledged from the disk of {} alone: only it may lead again without a person",
@@ -185,7 +228,7 @@ fn may_stand(facts: &Facts<'_>, claim: &SyncClaim) -> Result<(), String> {
     let need = claim.seals_needed();
     let is_there = |id: &MemberId| {
         let incarnation = facts.records.members.get(&id.name).map(|m| m.value.incarnation);
-        id == facts.me() || facts.is_there(&id.name) && incarnation == Some(id.incarnation)
+        id == facts.me() || facts.speaks(&id.name) && incarnation == Some(id.incarnation)
     };
     let there: Vec<&MemberName> = electorate.iter().filter(|id| is_there(id)).map(|id| &id.name).collect();
     if there.len() < need {
@@ -198,4 +241,16 @@ fn may_stand(facts: &Facts<'_>, claim: &SyncClaim) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// Whoever has every acknowledged commit is there and must not lead: this member may elect, and copies from them first.
+fn stands_in(facts: &Facts<'_>, claim: &SyncClaim) -> bool {
+    let there: Vec<_> = claim
+        .electorate()
+        .into_iter()
+        .filter(|id| facts.speaks(&id.name))
+        .filter_map(|id| facts.records.members.get(&id.name).filter(|m| m.value.incarnation == id.incarnation))
+        .collect();
+    let member = facts.records.membership.value().is_some_and(|m| m.members.contains(&facts.me().name));
+    member && there.len() >= claim.seals_needed() && there.iter().all(|m| !m.value.tags.may_lead())
 }

@@ -41,6 +41,8 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         term: Term(5),
         state,
         ttl_ms: 8000,
+        takeover_ms: 2000,
+        taken: Some(Taken { from: id("node-b", 0xabc), term: Term(4), doubled: 1 }),
         lsn: None,
         last: Some(Published {
             member: id("node-b", 0xabc),
@@ -52,7 +54,8 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
     };
     let leader_wire = |state: Value| {
         json!({"v": 1, "holder": {"name": "node-a", "incarnation": "0000000000000001"}, "boot_id": "boot", "term": 5,
-            "state": state, "ttl_ms": 8000,
+            "state": state, "ttl_ms": 8000, "takeover_ms": 2000,
+            "taken": {"from": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 4, "doubled": 1},
             "lsn": null, "last": {"member": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 4, "timeline": 2, "parent": 1, "switch": "0/3000000"}})
     };
     let winner =
@@ -82,9 +85,17 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
             done_bytes: Some(1),
             total_bytes: Some(u64::MAX),
         }),
+        overtaken: Some(Term(3)),
         rule: "follow".to_owned(),
         reason: "follows node-b under term 5".to_owned(),
         beat: 77,
+        witness: true,
+        kept: vec![KeptWal {
+            timeline: TimelineId(2),
+            left_at: Lsn(0x300_0000),
+            transactions: 3,
+            directory: "/d".to_owned(),
+        }],
     };
     let person_wire = json!({"v": 1, "incarnation": "0000000000000001", "start_counter": 12, "boot_id": "boot",
         "data": {"is": "present", "system_identifier": "7439812345678901234"}, "role": "standby", "state": "streaming",
@@ -92,7 +103,8 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         "api_url": "http://10.0.0.1:8008", "endpoint": null, "tags": tags_wire.clone(), "postgres_version": 150018, "agent_version": "0.1.0",
         "pending_restart": false,
         "job": {"what": "clone from node-b", "done_bytes": 1, "total_bytes": "18446744073709551615"},
-        "rule": "follow", "reason": "follows node-b under term 5", "beat": 77});
+        "overtaken": 3, "rule": "follow", "reason": "follows node-b under term 5", "beat": 77, "witness": true,
+        "kept": [{"timeline": 2, "left_at": "0/3000000", "transactions": 3, "directory": "/d"}]});
     let request = |what, outcome| {
         Write::Request(Request {
             id: "r-1".to_owned(),
@@ -102,6 +114,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
             timeout_ms: 60_000,
             began: None,
             outcome,
+            force: None,
         })
     };
     let request_wire = |what: Value, outcome: Value| json!({"v": 1, "id": "r-1", "what": what, "asked_by": "cli", "at_unix_ms": 1_790_000_000_000u64, "timeout_ms": 60000, "began": null, "outcome": outcome});

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pgvigil::config::*;
-use pgvigil::core::lease::Timings;
+use pgvigil::core::lease::{Takeover, Timings};
 use pgvigil::core::names::{ClusterName, Incarnation, MemberId, MemberName};
 use pgvigil::core::plan::{Follow, PromoteOrder, Source, SyncRule, walreceiver_name};
 use pgvigil::core::records::{Durability, Tags};
@@ -129,6 +129,8 @@ impl Cluster {
                 member_publish: ms(3000),
                 rejoin_timeout: Duration::from_secs(60),
                 reclone: true,
+                takeover: Takeover::default(),
+                cold_start_wait: Duration::from_secs(60),
             },
             tags: Tags::default(),
             api: ApiConfig {

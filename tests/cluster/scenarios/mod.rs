@@ -2,6 +2,7 @@
 //! test ends its cluster by the orderly way and looks that nothing is left.
 
 mod bad_input;
+mod cold_start;
 mod commands;
 mod durability;
 mod lifecycle;
