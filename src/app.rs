@@ -21,6 +21,7 @@ use crate::agent::status::Status;
 use crate::api::{self, Accepted, Api, Refusal};
 use crate::config::Config;
 use crate::core::endpoint::Report;
+use crate::core::records::Durability;
 use crate::core::route::EndpointPorts;
 use crate::core::view::Me;
 use crate::dcs::etcd::EtcdDcs;
@@ -68,6 +69,8 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     let disks = ProbeProcesses::start(&config).context("start the storage probes")?;
     let keeper =
         LeaseKeeper::start(dcs.clone(), clock.clone(), config.policy.timings).context("start the lease keeper")?;
+    let takes_over_early = config.policy.durability != Durability::Async;
+    keeper.hold_after(takes_over_early.then(|| config.policy.takeover.gate()));
     keeper.use_page(fence.page());
     let others = config.members.iter().map(|m| m.name.clone()).filter(|name| *name != config.name).collect();
     let port = Box::new(HttpPeers::new(&config));

@@ -41,6 +41,7 @@ pub struct LeaseKeeper {
 struct Shared {
     loop_alive: Mutex<Moment>,
     page: Mutex<Page>,
+    hold_after: Mutex<Option<Duration>>,
     flushed: AtomicU64,
     renewals: AtomicU64,
     failures: AtomicU64,
@@ -71,6 +72,7 @@ impl LeaseKeeper {
         let shared = Arc::new(Shared {
             loop_alive: Mutex::new(clock.now()),
             page: Mutex::new(None),
+            hold_after: Mutex::new(None),
             flushed: AtomicU64::new(0),
             renewals: AtomicU64::new(0),
             failures: AtomicU64::new(0),
@@ -103,6 +105,12 @@ impl LeaseKeeper {
 
     pub fn use_page(&self, page: Page) {
         *lock(&self.shared.page) = page;
+    }
+
+    /// In sync mode somebody may take over before the lease has run out: the gate passes nothing for longer than this after
+    /// the sending of a renewal. `None`: until the guardian kills.
+    pub fn hold_after(&self, span: Option<Duration>) {
+        *lock(&self.shared.hold_after) = span;
     }
 
     /// The primary's flush position, published with the next heartbeat; 0: none.
@@ -195,7 +203,8 @@ impl Task {
                 let deadline = self.timings.deadline(sent);
                 if let Some(page) = lock(&self.shared.page).as_ref() {
                     page.extend(order.term, self.timings.kill_at(sent));
-                    page.hold_from(order.term, self.timings.hold_at(sent));
+                    let hold_after = *lock(&self.shared.hold_after);
+                    page.hold_from(order.term, hold_after.map_or(self.timings.kill_at(sent), |span| sent.plus(span)));
                 }
                 self.publish(LeaseView::Held { term: order.term, deadline });
                 self.shared.renewals.fetch_add(1, Ordering::Relaxed);

@@ -206,7 +206,7 @@ impl Agent {
             .introduce(Introduction { id: self.me.id.clone(), system_identifier: self.me.system_identifier });
         let peers = self.world.peers.known();
         self.memory = std::mem::take(&mut self.memory).observe(&self.me, &self.policy, &local, &store, &peers, now);
-        View {
+        let view = View {
             now,
             me: self.me.clone(),
             policy: self.policy.clone(),
@@ -217,7 +217,12 @@ impl Agent {
             peers,
             job: self.job.as_ref().map(RunningJob::view),
             stopping: *self.wanted.borrow() == Wanted::Stop,
+        };
+        // Who takes over goes by the published claim, which may change under a held lease.
+        if matches!(view.lease, LeaseView::Held { .. }) {
+            self.world.keeper.hold_after(view.gate_until().map(|_| self.policy.takeover.gate()));
         }
+        view
     }
 
     /// The guardian's word; a missing guardian is started again.

@@ -168,10 +168,16 @@ pub fn routing(view: &View) -> Routing {
         write: write(view, facts.as_ref(), &members),
         readers: facts.as_ref().map(|facts| readers(facts, &members)).unwrap_or_default(),
         standby_here: view.local.postgres.standby().is_some(),
-        sync: view.policy.durability != Durability::Async,
+        sync: durability(view, facts.as_ref()) != Durability::Async,
         valid_until: valid_until(view),
         members,
     }
+}
+
+/// What is published counts before what is configured: elections go by it.
+fn durability(view: &View, facts: Option<&Facts<'_>>) -> Durability {
+    let claim = facts.and_then(|facts| facts.records.sync.value());
+    claim.map_or(view.policy.durability, |claim| claim.mode)
 }
 
 fn members(view: &View, facts: Option<&Facts<'_>>) -> BTreeMap<MemberName, Option<Place>> {

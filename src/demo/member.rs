@@ -195,10 +195,10 @@ impl Member {
             common.log_level,
         );
         if let Some(lines) = &common.endpoint {
-            let (port, read_only) = (self.endpoint_port, self.read_only_port);
+            let (host, port, read_only) = (self.host.address, self.endpoint_port, self.read_only_port);
             let _ = write!(
                 text,
-                "\n[endpoint]\nlisten = [\"127.0.0.1:{port}\"]\nlisten_read_only = [\"127.0.0.1:{read_only}\"]\n{lines}\n"
+                "\n[endpoint]\nlisten = [\"{host}:{port}\"]\nlisten_read_only = [\"{host}:{read_only}\"]\n{lines}\n"
             );
         }
         text

@@ -47,6 +47,7 @@ async fn agent(token: Option<&str>) -> Agent {
     let cluster = ClusterName::new("maas").unwrap();
     let answers = Answers { cluster: cluster.clone(), status: published_status.clone(), clock: clock.clone() };
     let api = Api {
+        endpoint: watch::channel(None).1,
         config,
         cluster,
         status: published_status,

@@ -48,11 +48,16 @@ struct FakePage {
     stopped: AtomicBool,
     alive: Mutex<Moment>,
     written: Mutex<Vec<(Term, Moment)>>,
+    holds: Mutex<Vec<(Term, Moment)>>,
 }
 
 impl DeadlinePage for FakePage {
     fn extend(&self, term: Term, deadline: Moment) {
         lock(&self.written).push((term, deadline));
+    }
+
+    fn hold_from(&self, term: Term, at: Moment) {
+        lock(&self.holds).push((term, at));
     }
 
     fn guardian_alive_at(&self) -> Moment {
@@ -124,6 +129,7 @@ fn bench() -> Bench {
         stopped: AtomicBool::new(false),
         alive: Mutex::new(clock.now()),
         written: Mutex::default(),
+        holds: Mutex::default(),
     });
     keeper.use_page(Some(page.clone()));
     tokio::spawn(task.run());
@@ -168,6 +174,20 @@ async fn the_deadline_counts_from_before_the_sending() {
     let sent = bench.clock.now();
     assert_eq!(bench.held().await, sent.plus(Duration::from_secs(8)));
     assert_eq!(bench.written(), [(TERM, sent.plus(Duration::from_secs(7)))], "F is K before D");
+    assert_eq!(
+        *lock(&bench.page.holds),
+        bench.written(),
+        "nobody takes over before D: the gate need not hold before F"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_gate_holds_before_somebody_may_have_taken_over() {
+    let bench = bench();
+    bench.keeper.hold_after(Some(Duration::from_millis(1_960)));
+    let sent = bench.clock.now();
+    bench.held().await;
+    assert_eq!(*lock(&bench.page.holds), [(TERM, sent.plus(Duration::from_millis(1_960)))]);
 }
 
 #[tokio::test(start_paused = true)]
