@@ -9,7 +9,9 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodFilter, MethodRouter, on};
 
 use super::error::ApiError;
-use super::{App, auth, cluster, decisions, health, metrics, node, openapi, operations, overview, patroni, peer};
+use super::{
+    App, auth, cluster, decisions, endpoint, health, metrics, node, openapi, operations, overview, patroni, peer,
+};
 use crate::core::peers;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,6 +225,12 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/status",
         summary: "the whole cluster as this member sees it",
         handler: |m| on(m, overview::get),
+        ..GET
+    },
+    Route {
+        path: "/v1/endpoint",
+        summary: "where clients go now, who takes readers, and how the endpoint here is",
+        handler: |m| on(m, endpoint::get),
         ..GET
     },
     Route {

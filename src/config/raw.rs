@@ -29,6 +29,8 @@ pub(super) struct File {
     pub tags: Tags,
     pub api: Api,
     pub guardian: Guardian,
+    pub endpoint: Option<Endpoint>,
+    pub router: Option<Router>,
     pub log: Log,
 }
 
@@ -156,6 +158,35 @@ pub(super) struct Api {
 pub(super) struct Guardian {
     pub socket: Option<PathBuf>,
     pub real_time_priority: Option<u8>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Endpoint {
+    pub listen: Option<Vec<String>>,
+    pub listen_read_only: Option<Vec<String>>,
+    pub socket_dir: Option<PathBuf>,
+    pub direct: Option<bool>,
+    pub failover_hold: Option<Span>,
+    pub max_lag: Option<Size>,
+    pub read_only_fallback: Option<String>,
+    pub threads: Option<usize>,
+    pub proxies: Option<Vec<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Router {
+    pub name: Option<String>,
+    pub members: Option<Vec<String>>,
+    pub listen: Option<Vec<String>>,
+    pub listen_read_only: Option<Vec<String>>,
+    pub socket_dir: Option<PathBuf>,
+    pub failover_hold: Option<Span>,
+    pub max_lag: Option<Size>,
+    pub read_only_fallback: Option<String>,
+    pub threads: Option<usize>,
+    pub state_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -7,6 +7,7 @@
 
 pub mod decide;
 pub mod election;
+pub mod endpoint;
 pub mod health;
 pub mod lease;
 pub mod lint;
@@ -18,6 +19,7 @@ pub mod peers;
 pub mod plan;
 pub mod publish;
 pub mod records;
+pub mod route;
 pub mod rules;
 pub mod silence;
 pub mod sync_set;

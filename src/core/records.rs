@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
+use super::route::EndpointPorts;
 use super::timeline::{History, Term, TimelineId};
 
 /// `init`: which cluster this is. Written once.
@@ -238,6 +239,9 @@ pub struct MemberRecord {
     pub host: String,
     pub port: u16,
     pub api_url: String,
+    /// Where clients are let in, when this member has an endpoint.
+    #[serde(default)]
+    pub endpoint: Option<EndpointPorts>,
     pub tags: Tags,
     /// `server_version_num`, 0 when not known.
     pub postgres_version: u32,
@@ -426,7 +430,8 @@ impl ClusterRecords {
         self.leader.value()
     }
 
-    /// What a person forces while nobody leads.
+    /// What a person forces while nobody leads. Where the change began on suspicion the old leader's lease may not be over:
+    /// then only with his word that its host is off.
     pub fn forced(&self) -> Option<&Force> {
         let leader = self.leader()?;
         let last = leader.last.as_ref().map(|last| last.term).unwrap_or_default();
@@ -435,6 +440,7 @@ impl ClusterRecords {
             .filter(|r| r.value.outcome.is_none() && matches!(r.value.what, Operation::Failover { .. }))
             .filter_map(|r| r.value.force.as_ref())
             .find(|force| force.last_term == last)
+            .filter(|force| leader.taken.as_ref().is_none_or(|taken| force.off.contains(&taken.from.name)))
     }
 
     /// The highest timeline number that anybody reserved or published.

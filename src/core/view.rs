@@ -13,6 +13,7 @@ use super::names::{MemberId, MemberName};
 use super::peers::Peer;
 use super::plan::{Follow, SyncRule};
 use super::records::{ClusterRecords, Durability, KeptWal, LeaderRecord, MemberRecord, Outcome, Tags};
+use super::route::EndpointPorts;
 use super::time::Moment;
 use super::timeline::{History, Term, TimelineId};
 
@@ -62,6 +63,8 @@ pub struct Me {
     pub host: String,
     pub port: u16,
     pub api_url: String,
+    #[serde(default)]
+    pub endpoint: Option<EndpointPorts>,
     pub agent_version: String,
 }
 

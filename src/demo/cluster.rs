@@ -14,6 +14,7 @@ use super::writer::{Address, Ids, Writer};
 use super::{DemoError, Host};
 use super::{ports, processes};
 use crate::client::Client;
+use crate::config::Secret;
 use crate::fencing::control_group_name;
 
 /// Between two looks at the agents' answers while a state is waited for: they tell no strangers of changes.
@@ -46,6 +47,8 @@ pub struct Options {
     pub etcd_try_timeout: String,
     /// Lines of [postgresql.parameters].
     pub parameters: String,
+    /// Lines of [endpoint] besides its ports; `None`: no endpoint.
+    pub endpoint: Option<String>,
     pub log_level: String,
     /// Keep files and logs after the end; a cluster that failed keeps them anyway.
     pub keep: bool,
@@ -65,6 +68,7 @@ impl Default for Options {
             etcd_try_timeout: "700ms".to_owned(),
             // Three servers on one small machine; nothing that changes what is shown.
             parameters: "shared_buffers = \"32MB\"".to_owned(),
+            endpoint: None,
             log_level: "info".to_owned(),
             keep: false,
         }
@@ -79,6 +83,8 @@ pub struct Cluster {
     /// Rows of all writers have ids from here.
     pub ids: Ids,
     pub started: Instant,
+    /// What the agents ask from those who change something; they get it through their hosts' environment.
+    pub token: Option<Secret>,
     binary: PathBuf,
     keep: bool,
     ended: bool,
@@ -141,12 +147,14 @@ impl Cluster {
                 return Err(error);
             }
         };
-        let mut free = ports::free(2 * options.members)?.into_iter();
+        let mut free = ports::free(4 * options.members)?.into_iter();
         let names = ('a'..='z').map(|letter| format!("node-{letter}"));
         let members: Vec<Member> = names
             .take(options.members)
             .zip(options.hosts.iter().cloned().chain(std::iter::repeat_with(Host::default)))
-            .filter_map(|(name, host)| Some(Member::new(&base, &name, host, free.next()?, free.next()?)))
+            .filter_map(|(name, host)| {
+                Some(Member::new(&base, &name, host, [free.next()?, free.next()?, free.next()?, free.next()?]))
+            })
             .collect();
         // From here on the cluster's drop cleans up, whatever fails.
         let cluster = Cluster {
@@ -156,6 +164,7 @@ impl Cluster {
             etcd,
             ids: Ids::default(),
             started,
+            token: None,
             binary,
             keep: options.keep,
             ended: false,
@@ -168,6 +177,7 @@ impl Cluster {
             lease: options.lease,
             etcd_try_timeout: options.etcd_try_timeout,
             parameters: options.parameters,
+            endpoint: options.endpoint,
             log_level: options.log_level,
         };
         for index in 0..cluster.members.len() {
@@ -187,7 +197,7 @@ impl Cluster {
     }
 
     pub fn client(&self) -> Client {
-        Client::of(self.urls())
+        Client::of(self.urls()).with_token(self.token.clone())
     }
 
     /// All agents' answers, in the members' order.
@@ -280,6 +290,11 @@ impl Cluster {
 
     pub fn addresses(&self) -> Vec<Address> {
         self.members.iter().map(|m| Address { member: m.name.clone(), at: m.address() }).collect()
+    }
+
+    /// Where clients come in through endpoints.
+    pub fn endpoints(&self) -> Vec<Address> {
+        self.members.iter().map(|m| Address { member: m.name.clone(), at: m.endpoint() }).collect()
     }
 
     pub fn writer(&self, clients: usize) -> Writer {

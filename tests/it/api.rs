@@ -64,6 +64,7 @@ async fn start_with(view: View, change: impl FnOnce(&mut ApiConfig)) -> Server {
     let (ask, requests) = mpsc::channel(8);
     let clock = Arc::new(StandingClock::default());
     let api = Api {
+        endpoint: watch::channel(None).1,
         config,
         cluster: ClusterName::new("maas").unwrap(),
         answers: Arc::new(Answers {

@@ -704,3 +704,27 @@ fn without_the_claim_no_seals_are_enough() {
     r.sync = Entry::Absent;
     assert!(matches!(judge(r, &record, 1 << 20, None), Verdict::Impossible { .. }));
 }
+
+/// An election is a lease like any other: past its deadline the coordinator chooses nobody.
+#[test]
+fn an_election_ends_with_its_lease() {
+    let view = |deadline_passed: bool| {
+        let mut view = led().seen_by("b");
+        let record = leader(&mut view);
+        (record.holder, record.term) = (id("b"), Term(5));
+        record.state = LeaderState::Electing { coordinator: name("b"), preferred: None, winner: None };
+        let r = records(&mut view);
+        for n in ["b", "c"] {
+            let position =
+                Position { timeline: TimelineId(1), replayed: END, received: END, history: Default::default() };
+            let seal = SealRecord { term: Term(5), incarnation: id(n).incarnation, position, tags: Default::default() };
+            r.seals.insert(name(n), Keyed { revision: 70, value: seal });
+        }
+        let deadline = if deadline_passed { view.now.minus(secs(1)) } else { view.now.plus(secs(7)) };
+        view.lease = LeaseView::Held { term: Term(5), deadline };
+        view.memory.kept_revision = Some(50);
+        decide(&view).rule
+    };
+    assert_eq!(view(false), "election.winner");
+    assert_ne!(view(true), "election.winner");
+}

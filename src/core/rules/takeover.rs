@@ -163,6 +163,8 @@ fn vacancy(facts: &Facts<'_>, record: &LeaderRecord) -> Vacancy {
                 return Vacancy::Open { why, preferred: asked_for(facts), way: Way::A };
             }
             match silence::way_b(facts) {
+                // Without clocks nothing but enough seals says that the old leader acknowledges no more: force wants W.
+                WayB::Open { .. } if facts.records.forced().is_some() => Vacancy::Occupied,
                 WayB::Open { why } => {
                     let why = format!("{why} under term {term}");
                     Vacancy::Open { why, preferred: asked_for(facts), way: Way::B }

@@ -78,6 +78,7 @@ impl Cluster {
         let port = self.members.iter().find(|m| m.name == name).unwrap().port;
         let ms = Duration::from_millis;
         Config {
+            endpoint: None,
             path: home.join("pgvigil.toml"),
             cluster: ClusterName::new("test").unwrap(),
             name,
