@@ -1,6 +1,5 @@
 //! A whole cluster: starts it, waits for states, breaks it, ends it without leaving anything behind.
 
-use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
