@@ -52,6 +52,7 @@ pub(super) fn config(path: &Path, text: &str, environment: Environment<'_>) -> R
     let guardian = check.guardian(file.guardian, &state_dir)?;
     let api = check.api(file.api, &me)?;
     let tags = check.tags(file.tags)?;
+    let endpoint = super::endpoint::access(&check, file.endpoint)?;
     let log = check.log(file.log)?;
 
     Ok(Config {
@@ -66,6 +67,7 @@ pub(super) fn config(path: &Path, text: &str, environment: Environment<'_>) -> R
         tags,
         api,
         guardian,
+        endpoint,
         log,
     })
 }
@@ -80,13 +82,13 @@ pub(super) fn contact(path: &Path, text: &str, environment: Environment<'_>) -> 
     Ok(Contact { name, members, token_file: file.api.token_file })
 }
 
-struct Check<'a> {
+pub(super) struct Check<'a> {
     source: Source<'a>,
     environment: Environment<'a>,
 }
 
 impl Check<'_> {
-    fn error(&self, field: &str, problem: impl Into<String>, remedy: impl Into<String>) -> ConfigError {
+    pub(super) fn error(&self, field: &str, problem: impl Into<String>, remedy: impl Into<String>) -> ConfigError {
         self.source.field(field, problem, remedy)
     }
 
@@ -99,7 +101,7 @@ impl Check<'_> {
     }
 
     /// Paths are absolute: an agent has no working directory that anybody would guess.
-    fn path(&self, field: &str, path: Option<PathBuf>) -> Result<Option<PathBuf>, ConfigError> {
+    pub(super) fn path(&self, field: &str, path: Option<PathBuf>) -> Result<Option<PathBuf>, ConfigError> {
         match path {
             Some(path) if !path.is_absolute() => Err(self.error(
                 field,

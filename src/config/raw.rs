@@ -27,6 +27,7 @@ pub(super) struct File {
     pub tags: Tags,
     pub api: Api,
     pub guardian: Guardian,
+    pub endpoint: Endpoint,
     pub log: Log,
 }
 
@@ -141,6 +142,33 @@ pub(super) struct Api {
 pub(super) struct Guardian {
     pub socket: Option<PathBuf>,
     pub real_time_priority: Option<u8>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Endpoint {
+    pub tls: EndpointTls,
+    pub allow: Vec<Allow>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct EndpointTls {
+    pub cert_file: Option<PathBuf>,
+    pub key_file: Option<PathBuf>,
+    pub client_ca_file: Option<PathBuf>,
+    pub min_version: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Allow {
+    pub user: Option<String>,
+    pub database: Option<String>,
+    pub address: Option<String>,
+    pub tls: Option<String>,
+    pub method: Option<String>,
+    pub client_cert: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -19,6 +19,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     // The fence speaks to the guardian in the guardian's own words.
     ("fencing", &["ports", "config", "core", "guardian"]),
     ("agent", &["ports", "config", "core"]),
+    ("endpoint", &["ports", "config", "core"]),
     ("api", &["ports", "config", "core", "agent::status"]),
     ("guardian", &[]),
     // The API's client: speaks JSON, knows no other part.

@@ -137,6 +137,7 @@ impl Cluster {
                 header_timeout: ms(1000),
             },
             guardian: GuardianConfig { socket: home.join("guardian"), real_time_priority: 0 },
+            endpoint: EndpointAccess::default(),
             log: LogConfig { level: "info".into(), json: false },
         }
     }
@@ -207,7 +208,7 @@ impl Member {
         self.end(Signal::SIGINT);
     }
 
-    fn end(&mut self, signal: Signal) {
+    pub fn end(&mut self, signal: Signal) {
         if let Some(mut process) = self.process.take() {
             kill(Pid::from_raw(process.id() as i32), signal).unwrap();
             process.wait().unwrap();

@@ -1,0 +1,4 @@
+//! What clients see of the cluster: one address.
+
+pub mod auth;
+pub mod tls;
