@@ -202,6 +202,10 @@ pub struct Killed {
 pub trait DeadlinePage: Send + Sync {
     /// F for the armed term. Only grows; the guardian ignores values beyond now + T_h.
     fn extend(&self, term: Term, deadline: Moment);
+    /// The gate passes nothing from `at` on, until a later word of the same term. Fakes without a gate leave it.
+    fn hold_from(&self, _term: Term, _at: Moment) {}
+    /// The gate passes nothing of this term or an older one any more, from before its next write to a client on.
+    fn shut(&self, _term: Term) {}
     /// When the guardian last said that it is alive.
     fn guardian_alive_at(&self) -> Moment;
 }

@@ -94,6 +94,7 @@ impl World {
                 return Ok(vec![Effect::Dropped]);
             }
             Step::Kill => {
+                self.shut_gate();
                 let killed = self.fence.kill(KILL_DEADLINE).await?;
                 if !killed.was_down {
                     info!(survivors = killed.survivors, "postgresql killed");
@@ -139,6 +140,13 @@ impl World {
         Ok(Vec::new())
     }
 
+    /// Before the kill, and before anybody else may be told that this term is over: nothing more reaches a client (S4).
+    pub fn shut_gate(&self) {
+        if let (Some(term), Some(page)) = (self.keeper.view().term(), self.fence.page()) {
+            page.shut(term);
+        }
+    }
+
     /// The guardian kills at F of `term` from now on; only for a lease that is held.
     pub async fn arm(&self, term: Term) -> Result<(), StepError> {
         match self.keeper.view() {
@@ -158,6 +166,10 @@ impl World {
             }
         }
         let at = self.clock.now();
+        let gives_up = |write: &Write| matches!(write, Write::Leader(l) if l.holder == self.state().id() && !keeps_lease(&l.state));
+        if transaction.write.iter().any(gives_up) {
+            self.shut_gate();
+        }
         let writes_sync = transaction.write.iter().any(|w| matches!(w, Write::Sync(_)));
         match self.dcs.commit(&transaction, STORE_DEADLINE).await {
             Ok(revision) => {

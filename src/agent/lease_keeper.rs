@@ -197,6 +197,7 @@ impl Task {
                 let deadline = self.timings.deadline(sent);
                 if let Some(page) = lock(&self.shared.page).as_ref() {
                     page.extend(order.term, self.timings.kill_at(sent));
+                    page.hold_from(order.term, self.timings.hold_at(sent));
                 }
                 self.publish(LeaseView::Held { term: order.term, deadline });
                 self.shared.renewals.fetch_add(1, Ordering::Relaxed);

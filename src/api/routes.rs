@@ -9,7 +9,7 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodFilter, MethodRouter, on};
 
 use super::error::ApiError;
-use super::{App, auth, cluster, decisions, health, metrics, node, openapi, operations, overview, patroni};
+use super::{App, auth, cluster, decisions, endpoint, health, metrics, node, openapi, operations, overview, patroni};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
@@ -215,6 +215,12 @@ pub const ROUTES: &[Route] = &[
         path: "/v1/status",
         summary: "the whole cluster as this member sees it",
         handler: |m| on(m, overview::get),
+        ..GET
+    },
+    Route {
+        path: "/v1/endpoint",
+        summary: "where clients go now, who takes readers, and how the endpoint here is",
+        handler: |m| on(m, endpoint::get),
         ..GET
     },
     Route {

@@ -34,13 +34,17 @@ impl Default for EndpointAccess {
     }
 }
 
-pub(super) fn access(check: &Check<'_>, raw: raw::Endpoint) -> Result<EndpointAccess, ConfigError> {
-    let tls = tls(check, raw.tls)?;
-    if raw.allow.is_empty() {
+pub(super) fn access(
+    check: &Check<'_>,
+    tls: raw::EndpointTls,
+    rules: Vec<raw::Allow>,
+) -> Result<EndpointAccess, ConfigError> {
+    let tls = self::tls(check, tls)?;
+    if rules.is_empty() {
         return Ok(EndpointAccess { tls, ..EndpointAccess::default() });
     }
-    let mut allow: Vec<AccessRule> = Vec::with_capacity(raw.allow.len());
-    for (index, entry) in raw.allow.into_iter().enumerate() {
+    let mut allow: Vec<AccessRule> = Vec::with_capacity(rules.len());
+    for (index, entry) in rules.into_iter().enumerate() {
         let rule = rule(check, index, entry, tls.as_ref())?;
         if let Some(before) = allow.iter().position(|before| covers(before, &rule)) {
             return Err(check.error(

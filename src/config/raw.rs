@@ -27,7 +27,8 @@ pub(super) struct File {
     pub tags: Tags,
     pub api: Api,
     pub guardian: Guardian,
-    pub endpoint: Endpoint,
+    pub endpoint: Option<Endpoint>,
+    pub router: Option<Router>,
     pub log: Log,
 }
 
@@ -147,6 +148,15 @@ pub(super) struct Guardian {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Endpoint {
+    pub listen: Option<Vec<String>>,
+    pub listen_read_only: Option<Vec<String>>,
+    pub socket_dir: Option<PathBuf>,
+    pub direct: Option<bool>,
+    pub failover_hold: Option<Span>,
+    pub max_lag: Option<Size>,
+    pub read_only_fallback: Option<String>,
+    pub threads: Option<usize>,
+    pub proxies: Option<Vec<String>>,
     pub tls: EndpointTls,
     pub allow: Vec<Allow>,
 }
@@ -169,6 +179,21 @@ pub(super) struct Allow {
     pub tls: Option<String>,
     pub method: Option<String>,
     pub client_cert: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Router {
+    pub name: Option<String>,
+    pub members: Option<Vec<String>>,
+    pub listen: Option<Vec<String>>,
+    pub listen_read_only: Option<Vec<String>>,
+    pub socket_dir: Option<PathBuf>,
+    pub failover_hold: Option<Span>,
+    pub max_lag: Option<Size>,
+    pub read_only_fallback: Option<String>,
+    pub threads: Option<usize>,
+    pub state_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]

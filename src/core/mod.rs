@@ -8,6 +8,7 @@
 pub mod budget;
 pub mod decide;
 pub mod election;
+pub mod endpoint;
 pub mod health;
 pub mod lease;
 pub mod lint;
@@ -17,6 +18,7 @@ pub mod names;
 pub mod plan;
 pub mod publish;
 pub mod records;
+pub mod route;
 pub mod rules;
 pub mod sync_set;
 #[doc(hidden)]

@@ -50,7 +50,7 @@ fn changed(before: &MemberRecord, now: &MemberRecord) -> bool {
     let relevant = |r: &MemberRecord| {
         (
             (r.incarnation, r.start_counter, r.data.clone(), r.role, settled(&r.state)),
-            (r.timeline, r.term, r.host.clone(), r.port, r.tags.clone()),
+            (r.timeline, r.term, r.host.clone(), r.port, r.endpoint, r.tags.clone()),
             (r.pending_restart, r.job.as_ref().map(|j| j.what.clone())),
         )
     };
@@ -89,6 +89,7 @@ pub fn record(view: &View, plan: &Plan) -> MemberRecord {
         host: me.host.clone(),
         port: me.port,
         api_url: me.api_url.clone(),
+        endpoint: me.endpoint,
         tags: me.tags.clone(),
         postgres_version: version,
         agent_version: me.agent_version.clone(),

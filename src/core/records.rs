@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
+use super::route::EndpointPorts;
 use super::timeline::{History, Term, TimelineId};
 
 /// `init`: which cluster this is. Written once.
@@ -221,6 +222,9 @@ pub struct MemberRecord {
     pub host: String,
     pub port: u16,
     pub api_url: String,
+    /// Where clients are let in, when this member has an endpoint.
+    #[serde(default)]
+    pub endpoint: Option<EndpointPorts>,
     pub tags: Tags,
     /// `server_version_num`, 0 when not known.
     pub postgres_version: u32,

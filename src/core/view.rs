@@ -12,6 +12,7 @@ use super::lsn::Lsn;
 use super::names::{MemberId, MemberName};
 use super::plan::{Follow, SyncRule};
 use super::records::{ClusterRecords, Durability, LeaderRecord, MemberRecord, Outcome, Tags};
+use super::route::EndpointPorts;
 use super::time::Moment;
 use super::timeline::{History, Term, TimelineId};
 
@@ -43,6 +44,8 @@ pub struct Me {
     pub host: String,
     pub port: u16,
     pub api_url: String,
+    #[serde(default)]
+    pub endpoint: Option<EndpointPorts>,
     pub agent_version: String,
 }
 

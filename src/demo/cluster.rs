@@ -43,6 +43,8 @@ pub struct Options {
     pub etcd_try_timeout: String,
     /// Lines of [postgresql.parameters].
     pub parameters: String,
+    /// Lines of [endpoint] besides its ports; `None`: no endpoint.
+    pub endpoint: Option<String>,
     pub log_level: String,
     /// Keep files and logs after the end; a cluster that failed keeps them anyway.
     pub keep: bool,
@@ -60,6 +62,7 @@ impl Default for Options {
             etcd_try_timeout: "700ms".to_owned(),
             // Three servers on one small machine; nothing that changes what is shown.
             parameters: "shared_buffers = \"32MB\"".to_owned(),
+            endpoint: None,
             log_level: "info".to_owned(),
             keep: false,
         }
@@ -136,11 +139,13 @@ impl Cluster {
                 return Err(error);
             }
         };
-        let mut free = ports::free(2 * options.members)?.into_iter();
+        let mut free = ports::free(4 * options.members)?.into_iter();
         let names = ('a'..='z').map(|letter| format!("node-{letter}"));
         let members: Vec<Member> = names
             .take(options.members)
-            .filter_map(|name| Some(Member::new(&base, &name, free.next()?, free.next()?)))
+            .filter_map(|name| {
+                Some(Member::new(&base, &name, [free.next()?, free.next()?, free.next()?, free.next()?]))
+            })
             .collect();
         // From here on the cluster's drop cleans up, whatever fails.
         let cluster = Cluster {
@@ -162,6 +167,7 @@ impl Cluster {
             lease: options.lease,
             etcd_try_timeout: options.etcd_try_timeout,
             parameters: options.parameters,
+            endpoint: options.endpoint,
             log_level: options.log_level,
         };
         for index in 0..cluster.members.len() {
@@ -274,6 +280,11 @@ impl Cluster {
 
     pub fn addresses(&self) -> Vec<Address> {
         self.members.iter().map(|m| Address { member: m.name.clone(), port: m.port }).collect()
+    }
+
+    /// Where clients come in through endpoints.
+    pub fn endpoints(&self) -> Vec<Address> {
+        self.members.iter().map(|m| Address { member: m.name.clone(), port: m.endpoint_port }).collect()
     }
 
     pub fn writer(&self, clients: usize) -> Writer {

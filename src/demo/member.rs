@@ -16,7 +16,9 @@ pub struct Member {
     pub directory: PathBuf,
     pub port: u16,
     pub api_port: u16,
-    _ports: [Port; 2],
+    pub endpoint_port: u16,
+    pub read_only_port: u16,
+    _ports: [Port; 4],
     agent: Option<Process>,
 }
 
@@ -83,19 +85,24 @@ pub struct Common {
     pub etcd_try_timeout: String,
     /// Lines of [postgresql.parameters].
     pub parameters: String,
+    /// Lines of [endpoint] besides its ports; `None`: no endpoint.
+    pub endpoint: Option<String>,
     pub log_level: String,
 }
 
 impl Member {
-    pub fn new(base: &Path, name: &str, port: Port, api_port: Port) -> Member {
-        let (number, api_number) = (port.number, api_port.number);
+    /// `ports`: PostgreSQL's, the agent's, the endpoint's two.
+    pub fn new(base: &Path, name: &str, ports: [Port; 4]) -> Member {
+        let [port, api_port, endpoint_port, read_only_port] = [0, 1, 2, 3].map(|at: usize| ports[at].number);
         let directory = base.join(name);
         Member {
             name: name.to_owned(),
             directory,
-            port: number,
-            api_port: api_number,
-            _ports: [port, api_port],
+            port,
+            api_port,
+            endpoint_port,
+            read_only_port,
+            _ports: ports,
             agent: None,
         }
     }
@@ -171,6 +178,13 @@ impl Member {
             self.api_port,
             common.log_level,
         );
+        if let Some(lines) = &common.endpoint {
+            let (port, read_only) = (self.endpoint_port, self.read_only_port);
+            let _ = write!(
+                text,
+                "\n[endpoint]\nlisten = [\"127.0.0.1:{port}\"]\nlisten_read_only = [\"127.0.0.1:{read_only}\"]\n{lines}\n"
+            );
+        }
         text
     }
 

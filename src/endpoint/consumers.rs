@@ -116,7 +116,8 @@ impl Recogniser {
                 return self.named(name, by);
             }
         }
-        let by_registration: [(By, &dyn Fn(&Consumer) -> bool); 3] = [
+        type Matches<'a> = &'a dyn Fn(&Consumer) -> bool;
+        let by_registration: [(By, Matches<'_>); 3] = [
             (By::Address, &|c| address.is_some_and(|_| c.addresses.iter().any(|pattern| pattern.matches(address)))),
             (By::User, &|c| c.users.iter().any(|user| user == session.user)),
             (By::ApplicationName, &|c| c.application_names.iter().any(|p| name_matches(p, session.application_name))),

@@ -7,11 +7,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
-use super::auth::Refusal;
 use super::consumers::{By, Consumer, Recogniser, Session};
+use super::front::routes::Routes;
+use super::hooks::{self, Identity, Permit, Refusal};
 use crate::core::budget::{self, Book, Class, ConsumerId, Damper, Numbers, Share, Standing, Ticket};
 
 /// Regions that only named themselves are promised places too, but no more of them than a MAAS has: names are free.
@@ -297,6 +299,49 @@ fn too_many(numbers: &Numbers, waited: Duration) -> Refusal {
         "Raise max_connections or the consumer's guarantee; for a MAAS region num_workers decides how many it takes."
     };
     Refusal::new("53300", format!("too many connections for \"{consumer}\"")).detail(detail).hint(hint)
+}
+
+// === As the front knows it ===
+
+/// The ledger, with what is needed to know a router from a member.
+pub struct Counted {
+    pub ledger: Ledger,
+    pub routes: Arc<Routes>,
+}
+
+#[async_trait]
+impl hooks::Ledger for Counted {
+    async fn admit(&self, who: &Identity, tell: oneshot::Sender<String>) -> Result<Permit, Refusal> {
+        let router = who.via.as_deref().filter(|via| !self.is_member(via));
+        let session = Session {
+            certificate: who.certificate.as_deref(),
+            router,
+            address: who.address,
+            user: &who.user,
+            database: &who.database,
+            application_name: &who.application_name,
+        };
+        let place = self.ledger.admit(&session, |numbers| {
+            // Gone meanwhile: then nobody is to be told.
+            let _ = tell.send(waits(numbers));
+        });
+        place.await.map(Permit::new)
+    }
+}
+
+impl Counted {
+    /// A member's front passes on whoever comes to it; that is nobody's name.
+    fn is_member(&self, via: &str) -> bool {
+        let routing = self.routes.changes().borrow().clone();
+        routing.is_some_and(|routing| routing.members.keys().any(|name| name.as_str() == via))
+    }
+}
+
+fn waits(numbers: &Numbers) -> String {
+    format!(
+        "waiting for a connection: \"{}\" uses {} ({} guaranteed), {} waiting; {} of {} places are in use",
+        numbers.consumer, numbers.used, numbers.guaranteed, numbers.waiting, numbers.used_by_all, numbers.places
+    )
 }
 
 #[cfg(test)]

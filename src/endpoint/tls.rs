@@ -8,14 +8,19 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use async_trait::async_trait;
+use bytes::Bytes;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -26,6 +31,8 @@ use crate::config::EndpointTls;
 use super::auth::TlsFacts;
 use super::auth::end_point::end_point;
 use super::auth::identity::ClientCertificate;
+use super::hooks;
+use super::stream::Layer;
 
 /// What PostgreSQL's clients ask for (libpq 17 and later), and what direct TLS has to ask for.
 const POSTGRESQL: &[u8] = b"postgresql";
@@ -223,6 +230,54 @@ pub fn keep(
         }
     };
     Ok((Current(current), keeping))
+}
+
+// === As the front knows it ===
+
+#[async_trait]
+impl hooks::TlsAcceptor for Current {
+    async fn accept(&self, socket: TcpStream, direct: bool, first: Bytes) -> io::Result<(Box<dyn Layer>, TlsFacts)> {
+        let way = if direct { Way::Direct } else { Way::Asked };
+        let (stream, facts) = self.get().accept(Begun { first, socket }, way).await?;
+        Ok((Box::new(stream), facts))
+    }
+}
+
+/// A socket of which something has been read already.
+pub struct Begun {
+    first: Bytes,
+    socket: TcpStream,
+}
+
+impl Layer for TlsStream<Begun> {
+    fn socket(&self) -> Option<&TcpStream> {
+        Some(&self.get_ref().0.socket)
+    }
+}
+
+impl AsyncRead for Begun {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.first.is_empty() {
+            return Pin::new(&mut self.socket).poll_read(cx, buffer);
+        }
+        let some = self.first.len().min(buffer.remaining());
+        buffer.put_slice(&self.first.split_to(some));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Begun {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
 }
 
 // === Between endpoints ===

@@ -24,7 +24,7 @@ mod processes;
 mod programs;
 mod promote;
 mod rewind;
-mod roles;
+pub(crate) mod roles;
 mod seal;
 mod session;
 mod set_aside;

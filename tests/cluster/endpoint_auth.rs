@@ -103,6 +103,7 @@ impl House {
             replication: false,
             address: Some(peer.ip()),
             tls: tls.as_ref(),
+            tls_before: false,
         };
         let authenticated = match self.gatekeeper.authenticate(&mut wire, &visitor).await {
             Ok(authenticated) => authenticated,

@@ -63,6 +63,7 @@ async fn start_with(view: View, change: impl FnOnce(&mut ApiConfig)) -> Server {
     let (ask, requests) = mpsc::channel(8);
     let clock = Arc::new(StandingClock::default());
     let api = Api {
+        endpoint: watch::channel(None).1,
         config,
         cluster: ClusterName::new("maas").unwrap(),
         status: published_status,

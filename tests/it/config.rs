@@ -323,9 +323,10 @@ fn allow(before: &str, rules: &[&str]) -> String {
 
 #[test]
 fn without_rules_everybody_but_superusers_comes_in_with_a_password() {
-    let endpoint = parse(LEAST).unwrap().endpoint;
+    assert_eq!(parse(LEAST).unwrap().endpoint, None);
+    let endpoint = parse(&with("endpoint", "")).unwrap().endpoint.unwrap().access;
     assert_eq!((endpoint.allow, endpoint.tls), (vec![AccessRule::default()], None));
-    assert_eq!(parse(&allow("", &[""])).unwrap().endpoint.allow, vec![AccessRule::default()]);
+    assert_eq!(parse(&allow("", &[""])).unwrap().endpoint.unwrap().access.allow, vec![AccessRule::default()]);
 }
 
 #[test]
@@ -339,7 +340,7 @@ fn rules_of_the_endpoint_are_read() {
             "method = \"reject\"",
         ],
     );
-    let endpoint = parse(&text).unwrap().endpoint;
+    let endpoint = parse(&text).unwrap().endpoint.unwrap().access;
     assert!(!endpoint.tls.unwrap().tls_1_3_only);
     let tls: Vec<bool> = endpoint.allow.iter().map(|rule| rule.tls).collect();
     assert_eq!(tls, [false, true, true, false], "who asks for a certificate asks for TLS");

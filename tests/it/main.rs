@@ -7,6 +7,7 @@ mod cli;
 mod config;
 mod dcs_contract;
 mod decide;
+mod endpoint;
 mod guardian;
 mod guardian_postgresql;
 mod guards;

@@ -147,6 +147,7 @@ impl Toy {
                     host: "127.0.0.1".to_owned(),
                     port: 5432 + i as u16,
                     api_url: format!("http://127.0.0.1:{}", 8008 + i),
+                    endpoint: None,
                     agent_version: "0".to_owned(),
                 };
                 let member = Member {

@@ -72,6 +72,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         host: "10.0.0.1".to_owned(),
         port: 5432,
         api_url: "http://10.0.0.1:8008".to_owned(),
+        endpoint: None,
         tags: tags.clone(),
         postgres_version: 150018,
         agent_version: "0.1.0".to_owned(),
@@ -88,7 +89,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
     let person_wire = json!({"v": 1, "incarnation": "0000000000000001", "start_counter": 12, "boot_id": "boot",
         "data": {"is": "present", "system_identifier": "7439812345678901234"}, "role": "standby", "state": "streaming",
         "timeline": 2, "received": "16/B374D900", "replayed": "16/B374D848", "term": 5, "host": "10.0.0.1", "port": 5432,
-        "api_url": "http://10.0.0.1:8008", "tags": tags_wire.clone(), "postgres_version": 150018, "agent_version": "0.1.0",
+        "api_url": "http://10.0.0.1:8008", "endpoint": null, "tags": tags_wire.clone(), "postgres_version": 150018, "agent_version": "0.1.0",
         "pending_restart": false,
         "job": {"what": "clone from node-b", "done_bytes": 1, "total_bytes": "18446744073709551615"},
         "rule": "follow", "reason": "follows node-b under term 5", "beat": 77});

@@ -9,6 +9,7 @@
 
 pub mod cache;
 pub mod end_point;
+mod hook;
 pub mod identity;
 pub mod login;
 pub mod messages;
@@ -38,28 +39,7 @@ use rules::{Admission, Claim, Demand};
 use scram::{Exchange, Mechanism, Proven, ScramError};
 use verifier::{MockSecret, StoredPassword, Verifier};
 
-/// What a client is told before its connection is closed: a FATAL ErrorResponse.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    pub sqlstate: &'static str,
-    pub message: String,
-    pub detail: Option<String>,
-    pub hint: Option<String>,
-}
-
-impl Refusal {
-    pub fn new(sqlstate: &'static str, message: impl Into<String>) -> Refusal {
-        Refusal { sqlstate, message: message.into(), detail: None, hint: None }
-    }
-
-    pub fn detail(self, detail: impl Into<String>) -> Refusal {
-        Refusal { detail: Some(detail.into()), ..self }
-    }
-
-    pub fn hint(self, hint: impl Into<String>) -> Refusal {
-        Refusal { hint: Some(hint.into()), ..self }
-    }
-}
+pub use super::wire::message::Refusal;
 
 /// What is known of a TLS connection.
 #[derive(Clone, Debug, Default)]
@@ -81,6 +61,8 @@ pub struct Visitor<'a> {
     /// `None`: a Unix socket.
     pub address: Option<IpAddr>,
     pub tls: Option<&'a TlsFacts>,
+    /// It came over TLS to a front that we believe, and from there to us.
+    pub tls_before: bool,
 }
 
 /// A client that is who it says.
@@ -146,7 +128,7 @@ impl Gatekeeper {
             database: visitor.database.unwrap_or(visitor.user),
             replication: visitor.replication,
             address: visitor.address,
-            tls: visitor.tls.is_some(),
+            tls: visitor.tls.is_some() || visitor.tls_before,
             certificate: visitor.tls.and_then(|tls| tls.certificate.as_ref()),
         };
         if claim.user.is_empty() {

@@ -76,7 +76,14 @@ fn gatekeeper() -> Gatekeeper {
 }
 
 fn visitor<'a>(user: &'a str, tls: Option<&'a TlsFacts>) -> Visitor<'a> {
-    Visitor { user, database: Some("maasdb"), replication: false, address: Some(IpAddr::from([10, 0, 0, 1])), tls }
+    Visitor {
+        user,
+        database: Some("maasdb"),
+        replication: false,
+        address: Some(IpAddr::from([10, 0, 0, 1])),
+        tls,
+        tls_before: false,
+    }
 }
 
 /// What a client saw and got.

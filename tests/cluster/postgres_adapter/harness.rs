@@ -78,6 +78,7 @@ impl Cluster {
         let port = self.members.iter().find(|m| m.name == name).unwrap().port;
         let ms = Duration::from_millis;
         Config {
+            endpoint: None,
             path: home.join("pgvigil.toml"),
             cluster: ClusterName::new("test").unwrap(),
             name,
@@ -137,7 +138,6 @@ impl Cluster {
                 header_timeout: ms(1000),
             },
             guardian: GuardianConfig { socket: home.join("guardian"), real_time_priority: 0 },
-            endpoint: EndpointAccess::default(),
             log: LogConfig { level: "info".into(), json: false },
         }
     }
