@@ -250,7 +250,9 @@ fn keep_endpoint(
             port: config.postgresql.port,
             role: roles::AGENT.to_owned(),
             password: config.postgresql.internal_password.expose().to_owned(),
-            reserved_roles: [roles::AGENT, roles::REPLICATION, roles::REWIND].map(str::to_owned).to_vec(),
+            reserved_roles: [roles::AGENT, roles::REPLICATION, roles::REWIND, roles::ENDPOINT]
+                .map(str::to_owned)
+                .to_vec(),
             capacity: client_places(config),
             members: config.members.iter().map(|member| member.host.clone()).collect(),
         },

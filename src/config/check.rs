@@ -9,8 +9,8 @@ use super::error::{Source, nearest};
 use super::raw;
 use super::units::{Size, Span, show_duration};
 use super::{
-    ApiConfig, Config, ConfigError, Contact, EndpointConfig, Environment, EtcdConfig, GuardianConfig, Listen,
-    LogConfig, MemberAddress, Network, PostgresConfig, RouterConfig, keys, secrets,
+    ApiConfig, Config, ConfigError, Contact, EndpointAccess, EndpointConfig, Environment, EtcdConfig, GuardianConfig,
+    Listen, LogConfig, MemberAddress, Network, PostgresConfig, RouterConfig, keys, secrets,
 };
 use crate::core::lease::{InvalidTimings, Takeover, Timings};
 use crate::core::names::{ClusterName, MemberName};
@@ -146,13 +146,13 @@ pub(super) fn contact(path: &Path, text: &str, environment: Environment<'_>) -> 
     Ok(Contact { name, members, token_file: file.api.token_file })
 }
 
-struct Check<'a> {
+pub(super) struct Check<'a> {
     source: Source<'a>,
     environment: Environment<'a>,
 }
 
 impl Check<'_> {
-    fn error(&self, field: &str, problem: impl Into<String>, remedy: impl Into<String>) -> ConfigError {
+    pub(super) fn error(&self, field: &str, problem: impl Into<String>, remedy: impl Into<String>) -> ConfigError {
         self.source.field(field, problem, remedy)
     }
 
@@ -165,7 +165,7 @@ impl Check<'_> {
     }
 
     /// Paths are absolute: an agent has no working directory that anybody would guess.
-    fn path(&self, field: &str, path: Option<PathBuf>) -> Result<Option<PathBuf>, ConfigError> {
+    pub(super) fn path(&self, field: &str, path: Option<PathBuf>) -> Result<Option<PathBuf>, ConfigError> {
         match path {
             Some(path) if !path.is_absolute() => Err(self.error(
                 field,
@@ -802,6 +802,7 @@ impl Check<'_> {
             },
         )?;
         endpoint.direct = raw.direct.unwrap_or(false);
+        endpoint.access = super::endpoint::access(self, raw.tls, raw.allow)?;
         for (index, text) in raw.proxies.unwrap_or_default().iter().enumerate() {
             endpoint.proxies.push(self.network(&format!("endpoint.proxies[{index}]"), text)?);
         }
@@ -880,6 +881,7 @@ impl Check<'_> {
             read_only_fallback,
             threads,
             proxies: Vec::new(),
+            access: EndpointAccess::default(),
         })
     }
 

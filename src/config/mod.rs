@@ -2,7 +2,9 @@
 //! wrong: file, line, field, value, remedy. Nothing here reads anything but the file, the secrets' files and the
 //! environment, and nothing is written.
 
+pub mod access;
 mod check;
+mod endpoint;
 mod error;
 pub mod keys;
 mod raw;
@@ -18,6 +20,7 @@ use crate::core::names::{ClusterName, MemberName};
 use crate::core::records::Tags;
 use crate::core::view::Policy;
 
+pub use endpoint::{EndpointAccess, EndpointTls};
 pub use error::{ConfigError, nearest};
 
 #[derive(Clone, Debug)]
@@ -125,6 +128,8 @@ pub struct EndpointConfig {
     pub threads: usize,
     /// Besides the members, who may say on whose behalf they speak (PROXY protocol).
     pub proxies: Vec<Network>,
+    #[serde(default)]
+    pub access: EndpointAccess,
 }
 
 /// `pgvigil router`: the endpoint's front alone, on a host without PostgreSQL.

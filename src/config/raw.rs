@@ -180,6 +180,28 @@ pub(super) struct Endpoint {
     pub read_only_fallback: Option<String>,
     pub threads: Option<usize>,
     pub proxies: Option<Vec<String>>,
+    pub tls: EndpointTls,
+    pub allow: Vec<Allow>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct EndpointTls {
+    pub cert_file: Option<PathBuf>,
+    pub key_file: Option<PathBuf>,
+    pub client_ca_file: Option<PathBuf>,
+    pub min_version: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Allow {
+    pub user: Option<String>,
+    pub database: Option<String>,
+    pub address: Option<String>,
+    pub tls: Option<String>,
+    pub method: Option<String>,
+    pub client_cert: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -5,6 +5,7 @@
 //!
 //! Invariants (docs/INVARIANTS.md) are numbered S1..S12 and L1..L6; the line that upholds one cites it.
 
+pub mod budget;
 pub mod decide;
 pub mod election;
 pub mod endpoint;

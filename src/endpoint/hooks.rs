@@ -7,7 +7,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use tokio::net::TcpStream;
+use tokio::sync::oneshot;
 
+pub use super::auth::TlsFacts;
 use super::stream::{Layer, Stream};
 pub use super::wire::message::Refusal;
 use super::wire::proxy::Port;
@@ -41,14 +43,10 @@ pub struct Peer {
     /// Whom that front recognised.
     pub identity: Option<String>,
     pub port: Port,
+    /// The client speaks TLS to that front.
+    pub tls: bool,
     /// It came from one of our fronts: this connection ends here.
     pub hop: bool,
-}
-
-#[derive(Clone, Debug, Default)]
-pub struct TlsFacts {
-    /// The name in a client certificate that was verified.
-    pub certificate: Option<String>,
 }
 
 /// Whom the ledger counts for.
@@ -65,7 +63,8 @@ pub struct Identity {
 impl Hello {
     /// What the client says of itself; nothing of it is proven yet.
     pub fn claimed(&self) -> Identity {
-        let certificate = self.tls.as_ref().and_then(|tls| tls.certificate.clone());
+        let certificate = self.tls.as_ref().and_then(|tls| tls.certificate.as_ref());
+        let certificate = certificate.and_then(|shown| shown.consumer()).map(str::to_owned);
         Identity {
             user: self.startup.user(),
             database: self.startup.database(),
@@ -98,8 +97,8 @@ pub trait BackendLogin: Send + Sync {
 
 #[async_trait]
 pub trait Ledger: Send + Sync {
-    /// Waits for a place, not for ever.
-    async fn admit(&self, who: &Identity) -> Result<Permit, Refusal>;
+    /// Waits for a place, not for ever. `tell` hears it if that takes long, for the client.
+    async fn admit(&self, who: &Identity, tell: oneshot::Sender<String>) -> Result<Permit, Refusal>;
 }
 
 /// A place in the ledger, given back when dropped.

@@ -13,16 +13,19 @@
 //! Threads: one for control (agent's socket, routes, deadline, barrier), and `endpoint.threads` for the data, each with a
 //! runtime of its own. A session is one task; dropping it closes both its sockets and gives back its place.
 
-pub mod budget;
+pub mod auth;
+pub mod consumers;
 pub mod control;
 pub mod count;
 pub mod front;
 pub mod gate;
 pub mod hooks;
 pub mod keeper;
+pub mod ledger;
 pub mod router;
 pub mod run;
 pub mod session;
 pub mod stream;
+pub mod tls;
 pub mod wire;
 pub mod words;

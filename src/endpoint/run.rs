@@ -7,10 +7,15 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
-use super::budget::Counting;
+use super::auth::Gatekeeper;
+use super::auth::cache::{self, RoleCache};
+use super::auth::source::LocalRoles;
+use super::auth::verifier::MockSecret;
 use super::control::{Control, Heard};
 use super::count::Counters;
 use super::front::door::{Door, DoorSettings};
@@ -18,10 +23,16 @@ use super::front::listen::{Listeners, Threads};
 use super::front::routes::{ReadPolicy, Routes};
 use super::gate::backend::Local;
 use super::gate::barrier::{Barrier, Counts, Login, NoBarrier, PostgresBarrier};
-use super::hooks::{Hooks, PassThrough};
+use super::hooks::{self, Hooks, PassThrough};
+use super::ledger::{Counted, Ledger, Patience};
+use super::tls::{self, Current};
 use super::words::{Listener, Settings};
-use crate::config::{EndpointConfig, LogConfig, Network, Secret};
+use crate::config::{EndpointConfig, EndpointTls, LogConfig, Network, Secret};
+use crate::core::Moment;
 use crate::core::endpoint::Report;
+use crate::core::route::{Route, Routing};
+use crate::core::timeline::Term;
+use crate::ports::Clock;
 
 /// An address that is in use is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -48,6 +59,7 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
     let listener =
         Listener::bind(&options.socket).with_context(|| format!("listen on {}", options.socket.display()))?;
     let mut terminate = signal(SignalKind::terminate()).context("listen for signals")?;
+    let mut hangup = signal(SignalKind::hangup()).context("listen for signals")?;
     let mut endpoint = Endpoint::new();
     let mut control = Control::new(listener);
     info!(socket = %options.socket.display(), "endpoint started");
@@ -57,13 +69,19 @@ async fn serve(options: &Options) -> anyhow::Result<()> {
         tokio::select! {
             heard = control.hear() => match heard {
                 Heard::Settings(settings) => endpoint.apply(*settings),
-                Heard::Routing(routing) => endpoint.routes.publish(*routing),
+                Heard::Routing(routing) => endpoint.route(*routing),
                 Heard::Page(page) => endpoint.routes.add_page(Arc::new(page)),
                 Heard::Agent => {}
                 Heard::End => break,
             },
             _ = terminate.recv() => break,
-            _ = tick.tick() => endpoint.listen(),
+            _ = hangup.recv() => endpoint.read_again.notify_one(),
+            _ = tick.tick() => {
+                if let Some(settings) = endpoint.wanting.take() {
+                    endpoint.apply(settings);
+                }
+                endpoint.listen();
+            }
         }
         control.report(endpoint.report()).await;
     }
@@ -81,6 +99,27 @@ struct Endpoint {
     barrier: Option<Arc<Counts>>,
     serving: Option<Serving>,
     problem: Option<String>,
+    /// Outlives every change of settings: it knows who has a place.
+    ledger: Ledger,
+    settling: Option<(Term, JoinHandle<()>)>,
+    tls: Option<Tls>,
+    /// Settings whose certificates cannot be read yet.
+    wanting: Option<Settings>,
+    /// SIGHUP: certificates are to be read at once.
+    read_again: Arc<Notify>,
+}
+
+/// Certificates in use, and the task that keeps them up to date; it ends with this.
+struct Tls {
+    of: EndpointTls,
+    current: Current,
+    keeping: JoinHandle<()>,
+}
+
+impl Drop for Tls {
+    fn drop(&mut self) {
+        self.keeping.abort();
+    }
 }
 
 /// Dropping the listeners closes the ports, cancelling ends the sessions.
@@ -101,6 +140,55 @@ impl Endpoint {
             barrier: None,
             serving: None,
             problem: None,
+            ledger: Ledger::new(0, Patience::default()),
+            settling: None,
+            tls: None,
+            wanting: None,
+            read_again: Arc::default(),
+        }
+    }
+
+    fn route(&mut self, routing: Routing) {
+        let opened = matches!(routing.write, Route::Local { .. }).then_some(routing.term);
+        if let Some(term) = opened
+            && self.settling.as_ref().is_none_or(|(before, _)| *before != term)
+        {
+            // A new term: everybody comes back at once.
+            let ledger = self.ledger.clone();
+            if let Some((_, before)) = self.settling.take() {
+                before.abort();
+            }
+            self.settling = Some((term, tokio::spawn(async move { ledger.settle().await })));
+        }
+        self.routes.publish(routing);
+    }
+
+    /// Certificates as the settings want them. Without them nobody is let in: clients would speak in the clear unasked.
+    fn secure(&mut self, wanted: Option<&EndpointTls>) -> Result<(), tls::TlsError> {
+        if self.tls.as_ref().map(|tls| &tls.of) == wanted {
+            return Ok(());
+        }
+        self.tls = None;
+        if let Some(files) = wanted {
+            let (current, keeping) = tls::keep(files.clone(), tls::LOOK, self.read_again.clone())?;
+            self.tls = Some(Tls { of: files.clone(), current, keeping: tokio::spawn(keeping) });
+        }
+        Ok(())
+    }
+
+    fn hooks(&self, settings: &Settings) -> Hooks {
+        let password = Secret::new(settings.password.clone());
+        let source = LocalRoles::new(settings.socket_dir.clone(), settings.port, password);
+        let roles = RoleCache::start(Arc::new(source), cache::Patience::default());
+        // The one secret that all members share already.
+        let mock = MockSecret::derive(settings.password.as_bytes());
+        let rules = settings.endpoint.access.allow.clone();
+        let tls = self.tls.as_ref().map(|tls| Arc::new(tls.current.clone()) as Arc<dyn hooks::TlsAcceptor>);
+        Hooks {
+            authenticator: Arc::new(Gatekeeper::new(rules, roles, mock, Arc::new(WallClock))),
+            ledger: Arc::new(Counted { ledger: self.ledger.clone(), routes: self.routes.clone() }),
+            tls,
+            upstream_tls: None,
         }
     }
 
@@ -109,6 +197,16 @@ impl Endpoint {
         if self.settings.as_ref() == Some(&settings) {
             return;
         }
+        if let Err(error) = self.secure(settings.endpoint.access.tls.as_ref()) {
+            let problem = error.to_string();
+            if self.problem.as_ref() != Some(&problem) {
+                error!(problem, "endpoint.tls cannot be used: no port for clients until it can");
+            }
+            self.problem = Some(problem);
+            self.wanting = Some(settings);
+            return;
+        }
+        self.wanting = None;
         let barrier = PostgresBarrier::start(Login {
             socket_dir: settings.socket_dir.clone(),
             port: settings.port,
@@ -117,7 +215,8 @@ impl Endpoint {
         });
         self.barrier = Some(barrier.counts.clone());
         let barrier: Arc<dyn Barrier> = Arc::new(barrier);
-        let hooks = hooks(settings.capacity);
+        self.ledger.set_terms(u32::try_from(settings.capacity).unwrap_or(u32::MAX), Vec::new());
+        let hooks = self.hooks(&settings);
         match &self.door {
             Some(door) => door.replace(door_settings(&settings), hooks, barrier),
             None => {
@@ -199,13 +298,29 @@ fn start(config: &EndpointConfig, door: &Door) -> std::io::Result<Serving> {
     Ok(Serving { of: config.clone(), listeners, threads, end })
 }
 
-/// Everything that a session asks others for: the one place where it is put together.
-fn hooks(capacity: usize) -> Hooks {
+/// A router's: PostgreSQL's side asks who the client is, and counts.
+fn passing() -> Hooks {
     Hooks {
         authenticator: Arc::new(PassThrough),
-        ledger: Arc::new(Counting::new(capacity)),
+        ledger: Arc::new(Counted { ledger: Ledger::new(u32::MAX, Patience::default()), routes: Arc::default() }),
         tls: None,
         upstream_tls: None,
+    }
+}
+
+/// For VALID UNTIL, which is in the calendar's time.
+struct WallClock;
+
+impl Clock for WallClock {
+    fn now(&self) -> Moment {
+        let clocks = crate::guardian::now();
+        Moment { raw: clocks.raw, monotonic: clocks.monotonic, boottime: clocks.boottime }
+    }
+
+    #[allow(clippy::disallowed_methods, reason = "this is the clock; VALID UNTIL is in the calendar's time")]
+    fn unix_ms(&self) -> u64 {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -242,8 +357,8 @@ impl Front {
         routes: Arc<Routes>,
         settings: DoorSettings,
     ) -> std::io::Result<Front> {
-        let door = Door::new(routes, Arc::default(), settings.clone(), hooks(usize::MAX >> 4));
-        door.replace(settings, hooks(usize::MAX >> 4), Arc::new(NoBarrier));
+        let door = Door::new(routes, Arc::default(), settings.clone(), passing());
+        door.replace(settings, passing(), Arc::new(NoBarrier));
         Ok(Front { serving: start(config, &door)? })
     }
 

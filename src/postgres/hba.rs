@@ -6,7 +6,7 @@ use nix::unistd::{Uid, User};
 
 use crate::config::Config;
 
-use super::roles::{AGENT, REPLICATION, REWIND};
+use super::roles::{AGENT, ENDPOINT, REPLICATION, REWIND};
 
 const MAP: &str = "pgvigil";
 
@@ -20,7 +20,9 @@ pub fn hba_file(config: &Config) -> String {
     // it seals and promotes. It works where the agent's user has a name.
     let method = if agent_user().is_some() { format!("peer map={MAP}") } else { "scram-sha-256".to_owned() };
     lines.push(format!("local all,replication {AGENT} {method}"));
-    lines.push(format!("host all,replication {AGENT} all reject"));
+    lines.push(format!("local postgres {ENDPOINT} {method}"));
+    lines.push(format!("local all,replication {ENDPOINT} reject"));
+    lines.push(format!("host all,replication {AGENT},{ENDPOINT} all reject"));
     lines.push("# Replication and rewind: from the members' addresses only.".to_owned());
     let mut addresses: Vec<String> = config.members.iter().flat_map(|member| addresses(&member.host)).collect();
     addresses.sort();
@@ -57,8 +59,11 @@ pub fn hba_file(config: &Config) -> String {
 
 pub fn ident_file() -> String {
     let user = agent_user().unwrap_or_default();
-    let line = if user.is_empty() { String::new() } else { format!("{MAP} \"{user}\" {AGENT}\n") };
-    format!("# Written by pgvigil: the agent's operating system user is the role {AGENT}.\n{line}")
+    let lines = match user.as_str() {
+        "" => String::new(),
+        user => format!("{MAP} \"{user}\" {AGENT}\n{MAP} \"{user}\" {ENDPOINT}\n"),
+    };
+    format!("# Written by pgvigil: the agent's operating system user is the roles {AGENT} and {ENDPOINT}.\n{lines}")
 }
 
 /// What is left of the operator's lines where clients come through the endpoint: the unix socket's, and tools that stream.

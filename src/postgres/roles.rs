@@ -19,12 +19,15 @@ pub const AGENT: &str = "pgvigil";
 pub const REPLICATION: &str = "pgvigil_replication";
 /// Reads files for pg_rewind.
 pub const REWIND: &str = "pgvigil_rewind";
+/// Reads, by one function, what the endpoint needs to let clients in.
+pub const ENDPOINT: &str = "pgvigil_endpoint";
 
 /// SQL that makes the roles in the database `postgres`; safe to run again (it also sets a new password).
 pub fn script(password: &Secret, major: u32) -> String {
     // One salt for each role: equal verifiers would show that the passwords are equal.
     let mut sql = include_str!("../../sql/roles.sql").to_owned();
-    for role in [AGENT, REPLICATION, REWIND] {
+    sql.push_str(include_str!("../../sql/roles_endpoint.sql"));
+    for role in [AGENT, REPLICATION, REWIND, ENDPOINT] {
         sql = sql.replace(&format!("<verifier of {role}>"), &scram_sha_256(password.expose().as_bytes()));
     }
     if major >= 15 {
@@ -154,6 +157,6 @@ mod tests {
     fn the_script_holds_verifiers_and_no_password() {
         let script = script(&Secret::new("geheim"), 18);
         assert!(!script.contains("geheim") && !script.contains("<verifier"));
-        assert_eq!(script.matches("SCRAM-SHA-256$").count(), 3);
+        assert_eq!(script.matches("SCRAM-SHA-256$").count(), 4);
     }
 }

@@ -4,6 +4,7 @@
 
 mod demo;
 mod endpoint;
+mod endpoint_auth;
 mod harness;
 mod postgres_adapter;
 mod scenarios;

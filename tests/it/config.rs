@@ -4,6 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use pgvigil::config::access::{AccessMethod, AccessRule};
 use pgvigil::config::keys::{Fallback, KEYS, OWNED_PARAMETERS, VARIABLES};
 use pgvigil::config::{Config, ConfigError};
 use pgvigil::core::records::Durability;
@@ -308,4 +309,75 @@ fn secrets_come_from_files_that_not_everybody_can_read() {
     assert!(read().unwrap_err().to_string().contains("is empty"));
     let none = Config::parse(Path::new("/etc/pgvigil.toml"), LEAST, &|_| None).unwrap_err().to_string();
     assert!(none.contains("PGVIGIL_SUPERUSER_PASSWORD"), "{none}");
+}
+
+// === the endpoint's rules ===
+
+const TLS: &str = "[endpoint.tls]\ncert_file = \"/c\"\nkey_file = \"/k\"\nclient_ca_file = \"/ca\"\n";
+
+/// Each text is one rule.
+fn allow(before: &str, rules: &[&str]) -> String {
+    let rules: String = rules.iter().map(|rule| format!("[[endpoint.allow]]\n{rule}\n")).collect();
+    format!("{LEAST}{before}{rules}")
+}
+
+#[test]
+fn without_rules_everybody_but_superusers_comes_in_with_a_password() {
+    assert_eq!(parse(LEAST).unwrap().endpoint, None);
+    let endpoint = parse(&with("endpoint", "")).unwrap().endpoint.unwrap().access;
+    assert_eq!((endpoint.allow, endpoint.tls), (vec![AccessRule::default()], None));
+    assert_eq!(parse(&allow("", &[""])).unwrap().endpoint.unwrap().access.allow, vec![AccessRule::default()]);
+}
+
+#[test]
+fn rules_of_the_endpoint_are_read() {
+    let text = allow(
+        TLS,
+        &[
+            "user = \"maas\"\ndatabase = \"maasdb\"\naddress = \"10.0.0.0/8\"",
+            "user = \"postgres\"\naddress = \"loopback\"\nclient_cert = \"verify-full\"",
+            "database = \"replication\"\nmethod = \"cert\"",
+            "method = \"reject\"",
+        ],
+    );
+    let endpoint = parse(&text).unwrap().endpoint.unwrap().access;
+    assert!(!endpoint.tls.unwrap().tls_1_3_only);
+    let tls: Vec<bool> = endpoint.allow.iter().map(|rule| rule.tls).collect();
+    assert_eq!(tls, [false, true, true, false], "who asks for a certificate asks for TLS");
+    assert_eq!(endpoint.allow[3].method, AccessMethod::Reject);
+}
+
+#[test]
+fn rules_that_cannot_work_are_refused_with_a_remedy() {
+    let rule = |rule: &str, parts: &[&str]| refused(&allow("", &[rule]), parts);
+    rule("method = \"md5\"", &["endpoint.allow[0].method: `md5` is unknown", "postgresql.hba"]);
+    rule("method = \"scram-sha-256\"", &["write \"scram\""]);
+    rule("method = \"rejekt\"", &["did you mean \"reject\"?"]);
+    rule("methode = \"scram\"", &["did you mean `method`?"]);
+    rule("address = \"10.0.0.7/8\"", &["endpoint.allow[0].address", "the network is 10.0.0.0/8"]);
+    rule("address = \"region-a\"", &["not an IP address", "\"loopback\""]);
+    rule("user = \"\"", &["endpoint.allow[0].user", "is not a name"]);
+    rule("tls = \"require\"", &["endpoint.allow[0].tls", "no endpoint.tls.cert_file"]);
+    rule("tls = \"on\"", &["endpoint.allow[0].tls", "write one of allow, require"]);
+    rule("method = \"cert\"", &["endpoint.allow[0].method", "endpoint.tls.client_ca_file is missing"]);
+    rule("client_cert = \"verify-ca\"", &["endpoint.allow[0].client_cert", "client_ca_file"]);
+    refused(&allow(TLS, &["method = \"cert\"\ntls = \"allow\""]), &["\"allow\" contradicts method = \"cert\""]);
+    refused(
+        &allow("", &["", "user = \"eve\"\nmethod = \"reject\""]),
+        &["endpoint.allow[1]", "rule 1 matches all that rule 2 matches", "narrower rule first"],
+    );
+    // A superuser's rule is not covered by one for everybody else, but it is never reached after one.
+    refused(&allow("", &["", "user = \"postgres\""]), &["never reached"]);
+    let replication = allow("", &["", "database = \"replication\""]);
+    assert!(parse(&replication).is_ok(), "`all` leaves replication out");
+}
+
+#[test]
+fn half_a_certificate_is_refused() {
+    let tls = |text: &str, parts: &[&str]| refused(&with("endpoint.tls", text), parts);
+    tls("cert_file = \"/c\"", &["endpoint.tls.key_file", "is missing beside endpoint.tls.cert_file"]);
+    tls("key_file = \"/k\"", &["endpoint.tls.cert_file", "is missing beside endpoint.tls.key_file"]);
+    tls("client_ca_file = \"/ca\"", &["endpoint.tls.client_ca_file", "cert_file"]);
+    tls("cert_file = \"c\"\nkey_file = \"/k\"", &["endpoint.tls.cert_file", "relative path"]);
+    tls("min_version = \"1.1\"", &["endpoint.tls.min_version", "older versions are not spoken"]);
 }

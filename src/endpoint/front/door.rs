@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncWriteExt;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info};
 
@@ -29,9 +29,9 @@ use crate::endpoint::gate::cancel::{Entry, Keys, Target};
 use crate::endpoint::hooks::{Hello, Hooks, Identity, Peer, Permit, Proof, Refusal};
 use crate::endpoint::session::relay::{End, Parts, Relay};
 use crate::endpoint::stream::Stream;
-use crate::endpoint::wire::key;
 use crate::endpoint::wire::proxy::{Header, Port};
 use crate::endpoint::wire::startup::Replication;
+use crate::endpoint::wire::{key, message};
 use crate::guardian::now;
 
 /// PostgreSQL's own authentication_timeout: people type passwords.
@@ -184,7 +184,7 @@ impl Visit {
         let until = Instant::now() + self.state.settings.failover_hold;
         loop {
             let way = self.way(until).await?;
-            let permit = self.admit(&way, &identity).await?;
+            let permit = self.admit(&way, &identity, matches!(proof, Proof::Proven { .. })).await?;
             if way.opening.is_shut() {
                 continue;
             }
@@ -239,12 +239,25 @@ impl Visit {
     }
 
     /// One ledger, at the gate: who is passed on is counted there.
-    async fn admit(&self, way: &Way, identity: &Identity) -> Result<Option<Permit>, Failure> {
+    async fn admit(&mut self, way: &Way, identity: &Identity, proven: bool) -> Result<Option<Permit>, Failure> {
         if way.to != To::Here {
             return Ok(None);
         }
+        let ledger = self.state.hooks.ledger.clone();
+        let (tell, mut told) = oneshot::channel();
+        let mut admitted = ledger.admit(identity, tell);
+        let notice = tokio::select! {
+            admitted = &mut admitted => return admitted.map(Some).map_err(Failure::Refused),
+            () = self.client.gone() => return Err(Failure::Over),
+            Ok(notice) = &mut told => notice,
+        };
+        // Legal after AuthenticationOk only: before it libpq takes no notices.
+        if proven {
+            self.client.write_all(&message::notice("53300", &notice)).await.map_err(|_| Failure::Over)?;
+            self.client.flush().await.map_err(|_| Failure::Over)?;
+        }
         tokio::select! {
-            admitted = self.state.hooks.ledger.admit(identity) => admitted.map(Some).map_err(Failure::Refused),
+            admitted = &mut admitted => admitted.map(Some).map_err(Failure::Refused),
             () = self.client.gone() => Err(Failure::Over),
         }
     }
@@ -282,7 +295,11 @@ impl Visit {
         let exchange = async {
             let from_backend = match proof {
                 Proof::Proven { login, .. } => {
-                    login.log_in(&mut backend, &self.hello.startup).await.map_err(Failure::Refused)?
+                    login.log_in(&mut backend, &self.hello.startup).await.map_err(|refusal| match refusal.sqlstate {
+                        // The client has heard nothing of it yet: another try may succeed.
+                        "57P03" => Failure::NotNow(refusal.message),
+                        _ => Failure::Refused(refusal),
+                    })?
                 }
                 Proof::PassThrough => BytesMut::new(),
             };
@@ -326,7 +343,7 @@ impl Visit {
         let client = peer.address.map(|address| SocketAddr::new(address, 0));
         let identity = self.hello.claimed().certificate;
         let via = peer.via.clone().unwrap_or_else(|| self.state.settings.name.clone());
-        Header { client, port: Some(peer.port), via: Some(via), identity }
+        Header { client, port: Some(peer.port), via: Some(via), identity, tls: self.hello.tls.is_some() }
     }
 }
 
@@ -472,6 +489,7 @@ async fn pass_cancel(door: &Door, key: &[u8], peer: &Peer) {
             port: Some(peer.port),
             via: Some(state.settings.name.clone()),
             identity: None,
+            tls: false,
         };
         let passed = backend::cancel_remote(&member, &place, &header, state.hooks.upstream_tls.as_ref(), key).await;
         if let Err(error) = passed {

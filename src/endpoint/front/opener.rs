@@ -40,7 +40,14 @@ pub struct Failed {
 
 /// Until the startup packet is there. The caller sets the deadline.
 pub async fn open(door: &Door, stream: Stream, address: Option<SocketAddr>, port: Port) -> Result<Opened, Failed> {
-    let peer = Peer { address: address.map(|a| a.ip().to_canonical()), via: None, identity: None, port, hop: false };
+    let peer = Peer {
+        address: address.map(|a| a.ip().to_canonical()),
+        via: None,
+        identity: None,
+        tls: false,
+        port,
+        hop: false,
+    };
     let mut opener = Opener { stream, buffer: BytesMut::new(), peer, tls: None, asked_ssl: false, asked_gss: false };
     match opener.first_packet(door).await {
         Ok(wish) => Ok(Opened { stream: opener.stream, wish, rest: opener.buffer }),
@@ -135,6 +142,7 @@ impl Opener {
             }
             self.peer.via = header.via;
             self.peer.identity = header.identity;
+            self.peer.tls = header.tls;
         }
         Ok(())
     }

@@ -45,6 +45,18 @@ impl Refusal {
     }
 }
 
+/// A NoticeResponse.
+pub fn notice(sqlstate: &str, text: &str) -> Bytes {
+    message(b'N', |body| {
+        for (code, text) in [(b'S', "NOTICE"), (b'V', "NOTICE"), (b'C', sqlstate), (b'M', text)] {
+            body.put_u8(code);
+            body.put_slice(text.replace('\0', " ").as_bytes());
+            body.put_u8(0);
+        }
+        body.put_u8(0);
+    })
+}
+
 /// A message with its length filled in.
 pub fn message(tag: u8, fill: impl FnOnce(&mut BytesMut)) -> Bytes {
     let mut out = BytesMut::new();

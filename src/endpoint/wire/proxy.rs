@@ -15,6 +15,7 @@ const LONGEST: usize = 4096;
 const FIELD_PORT: u8 = 0xe0;
 const FIELD_VIA: u8 = 0xe1;
 const FIELD_IDENTITY: u8 = 0xe2;
+const FIELD_TLS: u8 = 0xe3;
 
 /// Which of our ports the client came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -34,6 +35,8 @@ pub struct Header {
     pub via: Option<String>,
     /// Whom the front recognised (name of a verified client certificate).
     pub identity: Option<String>,
+    /// The client speaks TLS to the front.
+    pub tls: bool,
 }
 
 /// How many bytes the header has in all, once that is known.
@@ -92,6 +95,7 @@ fn read(bytes: &[u8]) -> Option<Header> {
                 });
             }
             FIELD_VIA => header.via = Some(std::str::from_utf8(value).ok()?.to_owned()),
+            FIELD_TLS => header.tls = value == b"1",
             FIELD_IDENTITY => header.identity = Some(std::str::from_utf8(value).ok()?.to_owned()),
             _ => {}
         }
@@ -135,6 +139,9 @@ impl Header {
         if let Some(identity) = &self.identity {
             field(FIELD_IDENTITY, identity);
         }
+        if self.tls {
+            field(FIELD_TLS, "1");
+        }
         let mut bytes = SIGNATURE.to_vec();
         bytes.extend([0x21, family]);
         bytes.extend((body.len() as u16).to_be_bytes());
@@ -153,6 +160,7 @@ mod tests {
             port: Some(Port::ReadOnly),
             via: Some("region-a".to_owned()),
             identity: Some("maas-regiond-7".to_owned()),
+            tls: true,
         }
     }
 

@@ -1,5 +1,6 @@
 //! Clients through endpoints of real clusters.
 
+mod admission;
 mod changes;
 mod clients;
 

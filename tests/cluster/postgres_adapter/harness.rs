@@ -212,7 +212,7 @@ impl Member {
         self.end(Signal::SIGINT);
     }
 
-    fn end(&mut self, signal: Signal) {
+    pub fn end(&mut self, signal: Signal) {
         if let Some(mut process) = self.process.take() {
             kill(Pid::from_raw(process.id() as i32), signal).unwrap();
             process.wait().unwrap();

@@ -1,7 +1,7 @@
 //! `postgres::LocalServer` against a real server: the whole life of a cluster, and the findings of the protocol's review
 //! that were reproduced on PostgreSQL (2, 3, 4, 12, 14, 20, 21), with SIGSTOP for a process that is slow.
 
-mod harness;
+pub mod harness;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -64,7 +64,7 @@ struct Spy(Mutex<Vec<Identity>>);
 
 #[async_trait]
 impl Ledger for Spy {
-    async fn admit(&self, who: &Identity) -> Result<Permit, Refusal> {
+    async fn admit(&self, who: &Identity, _: tokio::sync::oneshot::Sender<String>) -> Result<Permit, Refusal> {
         self.0.lock().unwrap().push(who.clone());
         Ok(Permit::new(()))
     }
@@ -126,6 +126,7 @@ impl Endpoint {
             read_only_fallback: true,
             threads: 1,
             proxies: Vec::new(),
+            access: Default::default(),
         };
         let listeners = Listeners::bind(&config).unwrap();
         let end = CancellationToken::new();

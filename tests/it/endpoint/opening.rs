@@ -192,6 +192,7 @@ async fn a_proxy_header_is_believed_from_those_who_may_speak_for_others() {
         port: Some(Port::ReadWrite),
         via: Some("region-a".to_owned()),
         identity: Some("maas-regiond-7".to_owned()),
+        tls: true,
     };
     let told = async |proxies: Vec<Network>| {
         let endpoint = Endpoint::with(|settings| settings.proxies = proxies);
