@@ -23,7 +23,7 @@ use crate::core::view::Me;
 use crate::dcs::etcd::EtcdDcs;
 use crate::fencing::{GuardianFence, GuardianOptions, SystemClock};
 use crate::peers::HttpPeers;
-use crate::ports::{Clock, Dcs, Fence, Postgres};
+use crate::ports::{Clock, Dcs, Fence, Peers as _, Postgres};
 use crate::postgres::LocalServer;
 
 /// How long the API may take to finish its answers at the end.
@@ -59,11 +59,17 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     let options = GuardianOptions::new(&config.guardian, &config.cluster, &config.name, config.policy.timings.ttl);
     let fence = Arc::new(GuardianFence::new(options));
     fence.attach().await.context("attach to the guardian")?;
-    let keeper =
-        LeaseKeeper::start(dcs.clone(), clock.clone(), config.policy.timings).context("start the lease keeper")?;
-    keeper.use_page(fence.page());
     let others = config.members.iter().map(|m| m.name.clone()).filter(|name| *name != config.name).collect();
     let port = Box::new(HttpPeers::new(&config));
+    let keeper = LeaseKeeper::start(
+        dcs.clone(),
+        port.separate().into(),
+        config.cluster.clone(),
+        clock.clone(),
+        config.policy.timings,
+    )
+    .context("start the lease keeper")?;
+    keeper.use_page(fence.page());
     let peers = PeerWatch::start(port, config.cluster.clone(), others, clock.clone(), config.policy.timings)
         .context("start asking the other agents")?;
     info!(
@@ -90,7 +96,13 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     let (wanted_tx, wanted) = watch::channel(Wanted::Run);
     let shutdown = CancellationToken::new();
 
-    let api = start_api(&config, listener, status.clone(), asked_tx, clock.clone(), shutdown.clone())?;
+    let answers = Arc::new(Answers {
+        cluster: config.cluster.clone(),
+        state: world.state.clone(),
+        status: status.clone(),
+        clock: clock.clone(),
+    });
+    let api = start_api(&config, listener, status.clone(), asked_tx, answers, clock.clone(), shutdown.clone())?;
     let signals = tokio::spawn(signals(wanted_tx));
     let supervision = tokio::spawn(tell_systemd(status));
     // On a worker thread: those have the priority, this one does not, and neither has what it starts.
@@ -142,11 +154,11 @@ fn start_api(
     listener: TcpListener,
     status: watch::Receiver<Option<Arc<Status>>>,
     asked: mpsc::Sender<Asked>,
+    answers: Arc<Answers>,
     clock: Arc<dyn Clock>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<std::thread::JoinHandle<()>> {
     let (requests_tx, mut requests) = mpsc::channel::<api::ApiRequest>(16);
-    let answers = Arc::new(Answers { cluster: config.cluster.clone(), status: status.clone(), clock: clock.clone() });
     let api = Api {
         config: config.api.clone(),
         cluster: config.cluster.clone(),

@@ -10,7 +10,7 @@ use super::peer_watch::PeerWatch;
 use super::state_file::{StateError, StateFile};
 use crate::core::Moment;
 use crate::core::plan::{Follow, Step};
-use crate::core::records::{ClusterRecords, Key, LeaderState, MemberRecord, Outcome, Transaction, Write};
+use crate::core::records::{ClusterRecords, Key, LeaderRecord, LeaderState, MemberRecord, Outcome, Transaction, Write};
 use crate::core::timeline::Term;
 use crate::core::view::LeaseView;
 use crate::ports::{Clock, Dcs, DcsError, Fence, FenceError, Postgres, PostgresError, StartMode};
@@ -63,6 +63,14 @@ pub enum Effect {
     },
     SyncWritten,
     SyncDoubtful,
+    /// The state file has the store's revision.
+    Remembered {
+        at: Moment,
+    },
+    StoreAccepted {
+        id: u64,
+        revision: i64,
+    },
     CrashesForgotten,
     Started {
         follow: Option<Follow>,
@@ -82,18 +90,35 @@ impl World {
         match step {
             Step::Remember { highest_term, highest_sync_term, store_id, store_revision } => {
                 self.state().remember(*highest_term, *highest_sync_term, *store_id, *store_revision)?;
+                return Ok(vec![Effect::Remembered { at: self.clock.now() }]);
             }
+            Step::DistrustStore => self.state().distrust_store()?,
+            Step::AcceptStore { highest_term, highest_sync_term, store_id, store_revision } => {
+                self.state().accept_store(*highest_term, *highest_sync_term, *store_id, *store_revision)?;
+                info!(term = %highest_term, store_id = format!("{store_id:x}"), "the store was made good and counts again");
+                return Ok(vec![Effect::StoreAccepted { id: *store_id, revision: *store_revision }]);
+            }
+            Step::RememberLead { lead } => {
+                self.state().remember_lead(lead)?;
+                self.tell_keeper();
+            }
+            Step::EndPromise { to, term } => self.state().end_promise(to, *term)?,
             Step::Join { system_identifier } => self.state().join(*system_identifier)?,
             Step::NewIncarnation { copied } => self.state().begin_incarnation(*copied)?,
             Step::Arm { term } => self.arm(*term).await?,
             Step::ForgetCrashes => return Ok(vec![Effect::CrashesForgotten]),
             Step::KeepLease { term, leader_revision } => {
                 self.keeper.keep(*term, *leader_revision);
+                self.tell_keeper();
                 return Ok(vec![Effect::Kept { leader_revision: *leader_revision }]);
             }
             Step::DropLease => {
                 self.keeper.drop_lease();
                 return Ok(vec![Effect::Dropped]);
+            }
+            Step::HoldByPromises { term } => {
+                self.keeper.hold_by_promises(*term);
+                self.tell_keeper();
             }
             Step::Kill => {
                 let killed = self.fence.kill(KILL_DEADLINE).await?;
@@ -141,6 +166,32 @@ impl World {
         Ok(Vec::new())
     }
 
+    /// What the term rests on, from the state file to whoever asks for promises.
+    pub fn tell_keeper(&self) {
+        let (lead, system_identifier) = {
+            let state = self.state();
+            (state.durable().lead.clone().filter(|lead| lead.record.holder == state.id()), state.system_identifier())
+        };
+        if let Some(lead) = lead {
+            self.keeper.rests_on(&lead, system_identifier);
+        }
+    }
+
+    /// Step 1 takes part in a higher term: not while a lower one is promised, and none is promised from here on.
+    fn stand(&self, transaction: &Transaction) -> Result<(), StepError> {
+        let me = self.state().id();
+        let stands =
+            transaction.write.iter().find_map(|write| match write {
+                Write::Leader(LeaderRecord {
+                    term, holder, state: LeaderState::Electing { winner: None, .. }, ..
+                }) if *holder == me => Some(*term),
+                _ => None,
+            });
+        let Some(term) = stands else { return Ok(()) };
+        let now = self.clock.now();
+        self.state().stand(term, now).map_err(|denied| StepError::Other(format!("stand for term {term}: {denied}")))
+    }
+
     /// The guardian kills at F of `term` from now on; only for a lease that is held.
     pub async fn arm(&self, term: Term) -> Result<(), StepError> {
         match self.keeper.view() {
@@ -159,6 +210,7 @@ impl World {
                 record.at_unix_ms = self.clock.unix_ms();
             }
         }
+        self.stand(&transaction)?;
         let at = self.clock.now();
         let writes_sync = transaction.write.iter().any(|w| matches!(w, Write::Sync(_)));
         match self.dcs.commit(&transaction, STORE_DEADLINE).await {
@@ -172,7 +224,8 @@ impl World {
                         Write::Member(_, record) => effects.push(Effect::Published { at, record }),
                         Write::Leader(record) if record.holder == self.state().id() && keeps_lease(&record.state) => {
                             // The record is ours and new: renewed from now on, without a round in between.
-                            self.keeper.keep(record.term, revision);
+                            let goes_on = record.state == LeaderState::Held;
+                            self.keeper.keep_written(record.term, revision, at, goes_on);
                             effects.push(Effect::Kept { leader_revision: revision });
                         }
                         _ => {}

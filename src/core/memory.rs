@@ -68,6 +68,8 @@ impl Memory {
     }
 
     fn observe_records(&mut self, records: &ClusterRecords, me: &Me, policy: &Policy, observed_at: Moment) {
+        let seen = self.store_seen.filter(|(id, _)| *id == records.store_id).map_or(0, |(_, revision)| revision);
+        self.store_seen = Some((records.store_id, seen.max(records.revision)));
         self.silence = Silence::observe(self.silence, records, observed_at);
         let leader = records.leader.present();
         self.releases = leader

@@ -8,6 +8,7 @@
 pub mod decide;
 pub mod election;
 pub mod health;
+pub mod holding;
 pub mod lease;
 pub mod lint;
 pub mod lsn;
@@ -15,6 +16,7 @@ pub mod memory;
 pub mod names;
 pub mod peers;
 pub mod plan;
+pub mod promise;
 pub mod publish;
 pub mod records;
 pub mod rules;
@@ -24,6 +26,7 @@ pub mod sync_set;
 pub mod testing;
 pub mod time;
 pub mod timeline;
+pub mod trust;
 pub mod view;
 
 pub use lsn::Lsn;

@@ -29,6 +29,10 @@ pub struct LeaderRecord {
     pub lsn: Option<Lsn>,
     /// The last leader that published `held`; kept through `electing` until the next one publishes.
     pub last: Option<Published>,
+    /// Identity of the store for which a leader vouched: every later record copies it. A backup restored into a new store
+    /// carries the old one's, so it shows itself to whoever reads it. 0: written before there was such a word.
+    #[serde(default)]
+    pub store_id: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,6 +9,7 @@ use super::lease::Timings;
 use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
 use super::plan::{Follow, Plan, Source, SyncRule, walreceiver_name};
+use super::promise::Promises;
 use super::records::*;
 use super::time::Moment;
 use super::timeline::{History, Term, TimelineId};
@@ -103,6 +104,7 @@ impl Cluster {
             ttl_ms: 8_000,
             lsn: None,
             last: Some(last),
+            store_id: self.records.store_id,
         };
         self.records.leader = Entry::Present(Keyed { revision: 50, value: leader });
         self.records.lease =
@@ -221,6 +223,7 @@ impl Cluster {
                 Some(leader) => LeaseView::Held { term: leader.term, deadline: self.now.plus(self.policy.timings.ttl) },
                 None => LeaseView::None,
             },
+            promises: Promises::default(),
             memory: self.memory(leads.is_some()),
             peers: BTreeMap::new(),
             job: None,

@@ -40,6 +40,7 @@ fn leader(term: u64) -> LeaderRecord {
         ttl_ms: 8000,
         lsn: None,
         last: None,
+        store_id: u64::MAX,
     }
 }
 

@@ -87,6 +87,7 @@ pub fn create(view: &View) -> Option<Plan> {
         ttl_ms: view.policy.timings.ttl.as_millis() as u64,
         lsn: None,
         last: None,
+        store_id: facts.records.store_id,
     };
     Some(
         Plan::new("bootstrap.claim", "no cluster is in the store and every configured member is empty: creating it")

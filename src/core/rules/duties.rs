@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use super::Facts;
 use super::electing::streams;
+use super::{Facts, seconds};
+use crate::core::Moment;
 use crate::core::election::list;
 use crate::core::names::{MemberId, MemberName};
 use crate::core::plan::{Plan, Step, parse_walreceiver_name};
+use crate::core::promise::Promises;
 use crate::core::records::{Durability, Key, Keyed, LeaderRecord, Membership, SyncClaim, Transaction, Write};
 use crate::core::sync_set::{Transition, Wanted, next, rule_of};
 use crate::core::view::PrimaryFacts;
@@ -15,11 +17,47 @@ use crate::core::view::PrimaryFacts;
 const CAUGHT_UP_BYTES: u64 = 1 << 20;
 
 pub fn plan(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -> Plan {
+    // A deadline that rests on promises was proved for the claim as it stands: whoever changes it waits for a renewal, which
+    // the candidates of the next claim see too (protocol §7).
+    if let Some(plan) = held_by_promises(facts) {
+        return plan;
+    }
     doubled(primary)
         .or_else(|| membership(facts, mine))
         .or_else(|| sync(facts, mine, primary))
         .or_else(|| slots(facts, primary))
         .unwrap_or_else(|| leading(facts, mine, primary))
+}
+
+fn held_by_promises(facts: &Facts<'_>) -> Option<Plan> {
+    let promises = &facts.view.promises;
+    promises.until?;
+    let unconfirmed = facts.view.memory.durable.lead.as_ref().is_some_and(|lead| lead.unconfirmed);
+    let why = if unconfirmed { "until enough members have read what was made good" } else { "until renewals go on" };
+    Some(Plan::new(
+        "leader.promised",
+        format!("{}; nothing is changed in the store {why}", words(promises, facts.now())),
+    ))
+}
+
+/// How the term is held without renewals, in words.
+pub fn words(promises: &Promises, now: Moment) -> String {
+    let alone = promises.needs.iter().all(|need| need.count == 0);
+    let by = if alone {
+        "of nobody, because nobody else can be elected".to_owned()
+    } else {
+        format!("of {}", list(promises.by()))
+    };
+    match promises.until {
+        Some(until) => {
+            format!("term {} is held by promises {by}, for another {}", promises.term, seconds(now.until(until)))
+        }
+        None => {
+            let missing = promises.missing().into_iter().map(|(name, why)| format!("{name}: {why}"));
+            let missing: Vec<String> = missing.collect();
+            format!("term {} waits for promises: {}", promises.term, missing.join("; "))
+        }
+    }
 }
 
 /// A second row of the same name would vote twice (protocol §4).

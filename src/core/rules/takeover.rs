@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::sealing::bound;
 use super::{Facts, scattered, seconds};
 use crate::core::election::list;
 use crate::core::names::{MemberId, MemberName};
@@ -57,6 +58,11 @@ pub fn rule(view: &View) -> Option<Plan> {
         LocalPostgres::Primary(_) | LocalPostgres::Unknown { .. } => return None,
     }
 
+    // S1: step 1 takes part in a higher term.
+    if let Some(bond) = facts.bond() {
+        let plan = Plan::new("takeover.bound", format!("{since}; {}", bound(bond, view.now)));
+        return Some(plan.steps(facts.start_parked()).wake_at(bond.until));
+    }
     let Entry::Present(claim) = &facts.records.sync else {
         return wait("the key `sync` is absent or unreadable: nobody is elected on a guess (S12)".to_owned());
     };

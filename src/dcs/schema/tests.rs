@@ -36,6 +36,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
     let position_wire = json!({"timeline": 2, "replayed": "16/B374D848", "received": "16/B374D900",
         "history": [{"timeline": 1, "switch": "0/3000000"}]});
     let leader = |state| LeaderRecord {
+        store_id: 17_000_000_000_000_000_001,
         holder: id("node-a", 1),
         boot_id: "boot".to_owned(),
         term: Term(5),
@@ -52,7 +53,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
     };
     let leader_wire = |state: Value| {
         json!({"v": 1, "holder": {"name": "node-a", "incarnation": "0000000000000001"}, "boot_id": "boot", "term": 5,
-            "state": state, "ttl_ms": 8000,
+            "state": state, "ttl_ms": 8000, "store_id": "17000000000000000001",
             "lsn": null, "last": {"member": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 4, "timeline": 2, "parent": 1, "switch": "0/3000000"}})
     };
     let winner =
