@@ -56,6 +56,10 @@ pub enum Effect {
     Kept {
         leader_revision: i64,
     },
+    /// Our `held` record stands in the store.
+    Leads {
+        record: Box<LeaderRecord>,
+    },
     Dropped,
     Published {
         at: Moment,
@@ -227,6 +231,7 @@ impl World {
                             let goes_on = record.state == LeaderState::Held;
                             self.keeper.keep_written(record.term, revision, at, goes_on);
                             effects.push(Effect::Kept { leader_revision: revision });
+                            effects.extend(goes_on.then(|| Effect::Leads { record: Box::new(record) }));
                         }
                         _ => {}
                     }

@@ -368,6 +368,7 @@ impl Agent {
         for effect in effects {
             match effect {
                 Effect::Kept { leader_revision } => self.memory.kept_revision = Some(leader_revision),
+                Effect::Leads { record } => self.memory.held = Some(*record),
                 Effect::Dropped => self.memory.kept_revision = None,
                 Effect::Published { at, record } => self.memory.published = Some((at, *record)),
                 Effect::SyncWritten => (self.memory.doubtful_sync, self.memory.sync_settled) = (false, true),

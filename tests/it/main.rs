@@ -11,6 +11,7 @@ mod guardian;
 mod guardian_postgresql;
 mod guards;
 mod layers;
+mod outage;
 mod peers;
 mod random;
 mod review;

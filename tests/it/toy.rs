@@ -682,6 +682,9 @@ impl Toy {
                     if record.holder == m.me.id
                         && matches!(record.state, LeaderState::Held | LeaderState::Electing { .. }) =>
                 {
+                    if record.state == LeaderState::Held {
+                        m.memory.held = Some(record.clone());
+                    }
                     m.keep_lease(record.term, revision, Some(now), record.state == LeaderState::Held);
                 }
                 _ => {}

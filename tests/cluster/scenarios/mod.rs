@@ -5,6 +5,7 @@ mod bad_input;
 mod commands;
 mod durability;
 mod lifecycle;
+mod outage;
 mod rejoin;
 mod store;
 mod tags;
