@@ -19,7 +19,7 @@ use crate::core::decide::decide;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::{Key, LeaderState, Operation, Request, Transaction, Write};
 use crate::core::view::{GuardState, JobKind, LeaseView, Local, LocalPostgres, Me, Memory, Policy, Store, View};
-use crate::core::{Moment, lint};
+use crate::core::{Moment, lint, silence};
 use crate::ports::DcsError;
 
 /// Changes of decision that are kept for `/v1/decisions`.
@@ -139,6 +139,7 @@ impl Agent {
             }
             let view = Arc::new(self.observe().await);
             let plan = Arc::new(decide(&view));
+            self.world.peers.pace(silence::pace(&view));
             self.publish(&view, &plan);
             let pause = match self.execute(&view, &plan).await {
                 Ok(true) => return End::Stopped,
@@ -300,6 +301,7 @@ impl Agent {
             at: view.now,
             view: view.clone(),
             plan: plan.clone(),
+            gate_until: view.gate_until(),
             decisions: self.decisions.clone(),
             counters: self.counters,
         })));

@@ -16,6 +16,8 @@ pub struct Status {
     pub at: Moment,
     pub view: Arc<View>,
     pub plan: Arc<Plan>,
+    /// The endpoint's gate holds from here on, unless a later status says more ([`View::gate_until`]).
+    pub gate_until: Option<Moment>,
     /// Changes of decision, newest last, bounded.
     pub decisions: Arc<VecDeque<Decision>>,
     pub counters: Counters,

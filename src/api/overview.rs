@@ -18,6 +18,7 @@ use crate::core::health::{leader_position, seconds, sitting_leader};
 use crate::core::names::MemberName;
 use crate::core::plan::parse_walreceiver_name;
 use crate::core::records::{ClusterRecords, Durability, LeaderState, SyncClaim};
+use crate::core::rules::duties::words;
 use crate::core::view::{GuardState, Job, LeaseView, LocalPostgres, Receiver, Store, View};
 use crate::core::{Lsn, Moment, Term, TimelineId};
 
@@ -34,6 +35,10 @@ struct Overview {
     published_ms_ago: u64,
     leader: Leader,
     durability: DurabilityNow,
+    /// How this leader holds its term while etcd is away; `null` while renewals are in time.
+    promises: Option<PromisesNow>,
+    /// What this member promised to the leader; `null`: nothing that binds it.
+    bound: Option<BoundNow>,
     store: StoreNow,
     members: Vec<Member>,
     decision: DecisionNow,
@@ -45,6 +50,25 @@ struct Overview {
 }
 
 #[derive(Debug, Serialize)]
+struct PromisesNow {
+    term: Term,
+    /// Since the first question.
+    asking_ms: u64,
+    /// Until the primary ends unless somebody promises again; `null`: they do not suffice.
+    remaining_ms: Option<u64>,
+    by: Vec<MemberName>,
+    /// Who has not promised, and why.
+    missing: BTreeMap<MemberName, String>,
+}
+
+#[derive(Debug, Serialize)]
+struct BoundNow {
+    to: MemberName,
+    term: Term,
+    remaining_ms: u64,
+}
+
+#[derive(Debug, Serialize)]
 struct Leader {
     member: Option<MemberName>,
     term: Option<Term>,
@@ -53,6 +77,8 @@ struct Leader {
     message: String,
     /// Of our own lease; another leader's is known only by its heartbeats.
     lease_remaining_ms: Option<u64>,
+    /// Of the time in which clients may be served under it: shorter, because silence is believed before the lease is over.
+    gate_remaining_ms: Option<u64>,
     /// Since the leader's last sign of life was seen here.
     silent_ms: Option<u64>,
     timeline: Option<TimelineId>,
@@ -152,9 +178,31 @@ fn overview(cluster: &str, status: &Status, last: Option<&View>, now: Moment) ->
         requests: requests.map(|keyed| Report::of(&keyed.value, phase(&keyed.value.id))).collect(),
         warnings,
         counters: status.counters,
+        promises: promises(view, now),
+        bound: bound(view, now),
         leader,
         durability,
     }
+}
+
+fn promises(view: &View, now: Moment) -> Option<PromisesNow> {
+    let promises = &view.promises;
+    Some(PromisesNow {
+        term: promises.term,
+        asking_ms: millis(now.since(promises.since?)),
+        remaining_ms: promises.until.map(|until| millis(now.until(until))),
+        by: promises.by().into_iter().cloned().collect(),
+        missing: promises.missing().into_iter().map(|(name, why)| (name.clone(), why)).collect(),
+    })
+}
+
+fn bound(view: &View, now: Moment) -> Option<BoundNow> {
+    let bond = view.memory.bond.as_ref().filter(|bond| bond.binds(now))?;
+    Some(BoundNow {
+        to: bond.promise.to.name.clone(),
+        term: bond.promise.term,
+        remaining_ms: millis(now.until(bond.until)),
+    })
 }
 
 // === Leader ===
@@ -178,6 +226,7 @@ fn leader(view: &View, records: Option<&ClusterRecords>, now: Moment) -> Leader 
         state,
         message,
         lease_remaining_ms,
+        gate_remaining_ms: view.gate_until().map(|gate| millis(now.until(gate))),
         silent_ms: record.filter(|r| r.holder != view.me.id).and(silent).map(millis),
         timeline: published.map(|p| p.timeline),
         position: leader_position(view),
@@ -356,6 +405,9 @@ fn warnings(
     }
     if let Store::Unknown { why, .. } = &view.store {
         warnings.push(format!("the store is not readable, what is shown of the others is old: {why}"));
+    }
+    if view.promises.since.is_some() {
+        warnings.push(words(&view.promises, now));
     }
     if leader.state != "held" {
         warnings.push(leader.message.clone());

@@ -15,10 +15,11 @@ pub const UNIX_MS: u64 = 1_790_000_000_000;
 
 /// Published at the view's own time, with one decision in the ring.
 pub fn published(view: View, plan: Plan) -> Arc<Status> {
+    let gate_until = view.gate_until();
     let (at, view, plan) = (view.now, Arc::new(view), Arc::new(plan));
     let decision = Decision { number: 1, at_unix_ms: UNIX_MS, view: view.clone(), plan: plan.clone() };
     let decisions = Arc::new(VecDeque::from([decision]));
-    Arc::new(Status { at, view, plan, decisions, counters: Counters { rounds: 5, ..Counters::default() } })
+    Arc::new(Status { at, view, plan, gate_until, decisions, counters: Counters { rounds: 5, ..Counters::default() } })
 }
 
 /// Stands at [`NOW`] until told to move.

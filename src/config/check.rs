@@ -12,7 +12,7 @@ use super::{
     ApiConfig, Config, ConfigError, Contact, Environment, EtcdConfig, GuardianConfig, LogConfig, MemberAddress,
     PostgresConfig, keys, secrets,
 };
-use crate::core::lease::Timings;
+use crate::core::lease::{InvalidTimings, Takeover, Timings};
 use crate::core::names::{ClusterName, MemberName};
 use crate::core::records::{Durability, Tags};
 use crate::core::view::Policy;
@@ -32,10 +32,12 @@ pub(super) fn config(path: &Path, text: &str, environment: Environment<'_>) -> R
     let me = members.iter().find(|m| m.name == name).expect("`name` was found among the members").clone();
 
     let timings = check.timings(&file.lease)?;
+    let takeover = check.takeover(&file.takeover, &timings)?;
     let durability = check.durability(file.durability.as_deref(), file.sync.k, members.len())?;
     let etcd = check.etcd(file.etcd, &timings)?;
     let policy = check.policy(
         timings,
+        takeover,
         durability,
         &file.sync,
         &file.election,
@@ -226,17 +228,30 @@ impl Check<'_> {
             kill_budget: or(raw.kill_budget, 1_000),
             renewal_timeout: or(raw.renewal_timeout, 2_000),
         };
-        timings.validate().map_err(|error| {
-            let field = match &error {
-                crate::core::lease::InvalidTimings::TtlTooShort { .. } => "lease.ttl",
-                crate::core::lease::InvalidTimings::OutOfRange { field, .. } => field,
-            };
-            // Its sentence begins with the field's name, which the error shows already.
-            let text = error.to_string();
-            let text = text.strip_prefix(field).map(|rest| rest.trim_start_matches([' ', '='])).unwrap_or(&text);
-            self.error(field, text, "")
-        })?;
+        timings.validate().map_err(|error| self.invalid(&error))?;
         Ok(timings)
+    }
+
+    /// After the lease's: what counts as silence goes by the heartbeat.
+    fn takeover(&self, raw: &raw::Takeover, timings: &Timings) -> Result<Takeover, ConfigError> {
+        let (millis, defaults) = (Duration::from_millis, Takeover::default());
+        // A slower heartbeat makes the default slower with it; what is written stands.
+        let after = defaults.after.max(2 * timings.heartbeat).min(timings.candidate_wait(timings.ttl));
+        let after = self.span("takeover.after", raw.after, after, millis(200), millis(300_000))?;
+        let refused = defaults.after_refused.min(after);
+        let after_refused =
+            self.span("takeover.after_refused", raw.after_refused, refused, millis(50), millis(30_000))?;
+        let takeover = Takeover { after, after_refused };
+        takeover.validate(timings).map_err(|error| self.invalid(&error))?;
+        Ok(takeover)
+    }
+
+    fn invalid(&self, error: &InvalidTimings) -> ConfigError {
+        let field = error.field();
+        // Its sentence begins with the field's name, which the error shows already.
+        let text = error.to_string();
+        let text = text.strip_prefix(field).map(|rest| rest.trim_start_matches([' ', '='])).unwrap_or(&text);
+        self.error(field, text, "")
     }
 
     fn durability(&self, raw: Option<&str>, k: Option<u32>, members: usize) -> Result<(Durability, u32), ConfigError> {
@@ -413,6 +428,7 @@ impl Check<'_> {
     fn policy(
         &self,
         timings: Timings,
+        takeover: Takeover,
         (durability, k): (Durability, u32),
         sync: &raw::Sync,
         election: &raw::Election,
@@ -462,6 +478,7 @@ impl Check<'_> {
             member_publish: self.span("member.publish", member.publish, seconds(3), millis(200), seconds(60))?,
             reclone: rejoin.reclone.unwrap_or(true),
             rejoin_timeout: self.span("rejoin.timeout", rejoin.timeout, seconds(60), seconds(5), seconds(86_400))?,
+            takeover,
         };
         if policy.election_wait >= policy.election_give_up {
             return Err(self.error(

@@ -45,6 +45,8 @@ pub const KEYS: &[Key] = &[
     key("lease.ttl", Value(r#""8s""#)),
     key("lease.kill_budget", Value(r#""1s""#)),
     key("lease.renewal_timeout", Value(r#""2s""#)),
+    key("takeover.after", Value(r#""2s""#)),
+    key("takeover.after_refused", Value(r#""300ms""#)),
     key("sync.k", Value("1")),
     key("sync.max_stall", Value(r#""3s""#)),
     key("election.wait", Value(r#""500ms""#)),

@@ -18,6 +18,7 @@ pub(super) struct File {
     pub members: Vec<Member>,
     pub etcd: Etcd,
     pub lease: Lease,
+    pub takeover: Takeover,
     pub sync: Sync,
     pub election: Election,
     pub crash: Crash,
@@ -59,6 +60,13 @@ pub(super) struct Lease {
     pub ttl: Option<Span>,
     pub kill_budget: Option<Span>,
     pub renewal_timeout: Option<Span>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Takeover {
+    pub after: Option<Span>,
+    pub after_refused: Option<Span>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -11,7 +11,7 @@ use super::rules::{
 };
 use super::trust::Trust;
 use super::view::View;
-use super::{lint, publish};
+use super::{lint, publish, silence};
 
 type Rule = fn(&View) -> Option<Plan>;
 
@@ -54,8 +54,13 @@ pub const RULES: &[(&str, Rule)] = &[
 /// Pure; equal views give equal plans; never fails, because not knowing is a fact with a rule.
 pub fn decide(view: &View) -> Plan {
     let decided = RULES.iter().find_map(|(_, rule)| rule(view));
-    let mut plan =
+    let mut plan: Plan =
         decided.unwrap_or_else(|| Plan::new("idle", "nothing is to be done: no rule of the list has anything to say"));
+    if let Some(at) = silence::look_again(view)
+        && plan.wake.is_none_or(|wake| view.now.until(at) < view.now.until(wake))
+    {
+        plan.wake = Some(at);
+    }
     // L1: what ends something must not wait for a state disk that may be full.
     let gives_up = plan.steps.iter().any(|step| matches!(step, Step::Kill | Step::DropLease));
     if !gives_up {

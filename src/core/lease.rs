@@ -25,8 +25,40 @@ pub struct Timings {
     pub renewal_timeout: Duration,
 }
 
+/// After how much silence a term may be taken without waiting for clocks (protocol §5, way B).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Takeover {
+    /// No heartbeat, no message of its walsender, no answer of its agent.
+    pub after: Duration,
+    /// The same, when both ports of an address that answered in this term refuse connections.
+    pub after_refused: Duration,
+}
+
+impl Default for Takeover {
+    /// 2 s: two heartbeats may be lost or late, and an agent that is restarted is back. 0.3 s: whoever refuses connections is
+    /// not slow but gone; the rest is for a host that is only just coming up or down.
+    fn default() -> Takeover {
+        Takeover { after: Duration::from_secs(2), after_refused: Duration::from_millis(300) }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidTimings {
+    #[error(
+        "takeover.after = {after:?} is too short: takeover.after >= 2 * lease.heartbeat must hold, and 2 * {heartbeat:?} = \
+         {needed:?}, so one late renewal would look like silence; raise takeover.after or lower lease.heartbeat"
+    )]
+    TakeoverTooShort { after: Duration, heartbeat: Duration, needed: Duration },
+    #[error(
+        "takeover.after = {after:?} is too long: takeover.after <= W must hold, and lease.ttl = {ttl:?} makes W {wait:?}, after \
+         which a silent leader is replaced anyway; lower takeover.after to {wait:?} or less"
+    )]
+    TakeoverTooLong { after: Duration, ttl: Duration, wait: Duration },
+    #[error(
+        "takeover.after_refused = {after_refused:?} is more than takeover.after = {after:?}: whoever refuses connections would \
+         be waited for longer than whoever is silent; lower takeover.after_refused"
+    )]
+    RefusedTooLong { after_refused: Duration, after: Duration },
     #[error(
         "lease.ttl = {ttl:?} is too short: lease.ttl >= lease.kill_budget + 2 * lease.renewal_timeout + lease.heartbeat \
          must hold, and {kill_budget:?} + 2 * {renewal_timeout:?} + {heartbeat:?} = {needed:?}; raise lease.ttl to at least \
@@ -96,6 +128,45 @@ impl Timings {
     }
 }
 
+impl InvalidTimings {
+    /// The setting that its sentence begins with.
+    pub fn field(&self) -> &'static str {
+        match self {
+            InvalidTimings::TtlTooShort { .. } => "lease.ttl",
+            InvalidTimings::TakeoverTooShort { .. } | InvalidTimings::TakeoverTooLong { .. } => "takeover.after",
+            InvalidTimings::RefusedTooLong { .. } => "takeover.after_refused",
+            InvalidTimings::OutOfRange { field, .. } => field,
+        }
+    }
+}
+
+impl Takeover {
+    /// Refuses settings under which a healthy leader would be overtaken, or nobody ever.
+    pub fn validate(&self, timings: &Timings) -> Result<(), InvalidTimings> {
+        let Takeover { after, after_refused } = *self;
+        let needed = 2 * timings.heartbeat;
+        if after < needed {
+            return Err(InvalidTimings::TakeoverTooShort { after, heartbeat: timings.heartbeat, needed });
+        }
+        let wait = timings.candidate_wait(timings.ttl);
+        if after > wait {
+            return Err(InvalidTimings::TakeoverTooLong { after, ttl: timings.ttl, wait });
+        }
+        if after_refused > after {
+            return Err(InvalidTimings::RefusedTooLong { after_refused, after });
+        }
+        Ok(())
+    }
+
+    /// For how long after the sending of a renewal the gate may let anything pass: takeover.after · (1 − ρ)/(1 + ρ). Whoever
+    /// takes over counts `after` from when it saw that renewal, which is later (S4).
+    pub fn gate(&self) -> Duration {
+        let nanoseconds = self.after.as_nanos() * u128::from(1000 - RATE_ERROR_PER_MILLE);
+        let per = u128::from(1000 + RATE_ERROR_PER_MILLE);
+        Duration::from_nanos(u64::try_from(nanoseconds / per).unwrap_or(u64::MAX))
+    }
+}
+
 impl Silence {
     /// The silence as this reading continues it: the same lease goes on being silent, anything else starts anew.
     pub fn observe(previous: Option<Silence>, records: &ClusterRecords, observed_at: Moment) -> Option<Silence> {
@@ -142,6 +213,29 @@ mod tests {
     #[test]
     fn candidate_waits_by_the_longer_of_both_settings() {
         assert!(defaults().candidate_wait(Duration::from_secs(20)) > Duration::from_secs(20));
+    }
+
+    #[test]
+    fn the_gate_is_shut_before_anybody_takes_over_whatever_the_clock_rates() {
+        for ms in [200, 2_000, 60_000] {
+            let takeover = Takeover { after: Duration::from_millis(ms), ..Takeover::default() };
+            // Slowest holder, fastest candidate.
+            assert!(takeover.gate().as_secs_f64() / 0.99 <= takeover.after.as_secs_f64() / 1.01);
+        }
+        assert!(Takeover::default().gate() > Duration::from_millis(1_950));
+    }
+
+    #[test]
+    fn takeover_settings_are_refused_with_the_inequality() {
+        let check = |after, refused| {
+            let takeover =
+                Takeover { after: Duration::from_millis(after), after_refused: Duration::from_millis(refused) };
+            takeover.validate(&defaults()).map_err(|error| error.to_string())
+        };
+        assert_eq!(check(2_000, 300), Ok(()));
+        assert!(check(1_900, 300).unwrap_err().contains("2 * 1s = 2s"));
+        assert!(check(8_200, 300).unwrap_err().contains("makes W 8.1"));
+        assert!(check(2_000, 2_001).unwrap_err().contains("after_refused = 2.001s is more than takeover.after = 2s"));
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! The invariants as code: what no plan may ever hold, whatever rule made it. Run in every test, in the model, and before
 //! every plan in production, where a violation stops the plan and is an ERROR.
 
+use std::time::Duration;
+
 use super::plan::{Plan, Step};
-use super::records::{Entry, Key, LeaderState, Write};
+use super::records::{Durability, Entry, Key, LeaderState, Write};
 use super::rules::Facts;
 use super::view::{DataDirectory, GuardState, LocalPostgres, View};
 
@@ -83,6 +85,19 @@ pub fn violations(view: &View, plan: &Plan) -> Vec<String> {
                         let takes = record.holder == view.me.id && mine.is_none();
                         if takes && !guarded(&Key::Lease) && !plan.rule.starts_with("leader.mend") {
                             found.push(format!("S1: `{what}` takes the record over without comparing the lease"));
+                        }
+                        // Whoever acknowledges alone is ended by its clock, or by a person.
+                        let acknowledges_alone = facts.as_ref().is_some_and(|f| {
+                            let alone = f.records.sync.value().is_none_or(|claim| claim.mode == Durability::Async);
+                            let silence = view.memory.silence;
+                            f.leader.filter(|_| alone && takes).is_some_and(|l| {
+                                let wait = view.policy.timings.candidate_wait(Duration::from_millis(l.value.ttl_ms));
+                                matches!(l.value.state, LeaderState::Held | LeaderState::Electing { .. })
+                                    && !silence.is_some_and(|s| view.now.all_reached(s.first_seen.plus(wait)))
+                            })
+                        });
+                        if acknowledges_alone {
+                            found.push(format!("S1: `{what}` takes an async term before W"));
                         }
                         let seen = facts.as_ref().and_then(|f| f.leader).map(|l| l.value.term).unwrap_or_default();
                         if record.term < seen {

@@ -39,7 +39,7 @@ impl Memory {
         self.observe_exit(&local.guard.state, policy, now);
         if let Store::Known { observed_at, records } = store {
             self.observe_records(records, me, policy, *observed_at);
-            self.observe_holder(records, &local.postgres, peers, now);
+            self.observe_holder(records, me, &local.postgres, peers, now);
             self.observe_replicas(records, &local.postgres, now);
             self.observe_promotion(records, me, &local.postgres, now);
         }
@@ -108,11 +108,16 @@ impl Memory {
     fn observe_holder(
         &mut self,
         records: &ClusterRecords,
+        me: &Me,
         postgres: &LocalPostgres,
         peers: &BTreeMap<MemberName, Peer>,
         now: Moment,
     ) {
         let Some(leader) = records.leader() else { return };
+        // It reads that its term was taken on suspicion, and is as alive as can be.
+        if let Some(taken) = leader.taken.as_ref().filter(|taken| taken.from == me.id && postgres.primary().is_some()) {
+            self.overtaken = self.overtaken.max(Some(taken.term));
+        }
         let who = (&leader.holder.name, leader.term, self.term_since.unwrap_or(now));
         self.holder = Some(HolderMemory::observe(self.holder.take(), who, postgres, peers.get(who.0), now));
     }

@@ -359,6 +359,8 @@ mod tests {
             term: Term(5),
             state: LeaderState::Held,
             ttl_ms: 8_000,
+            takeover_ms: 2_000,
+            taken: None,
             lsn: None,
             last: None,
             store_id: 1,

@@ -29,6 +29,8 @@ pub fn step(view: &View, plan: &Plan) -> Option<Step> {
     if let Some(stored) = stored.filter(|stored| stored.value.incarnation == record.incarnation) {
         record.replayed = record.replayed.max(stored.value.replayed);
     }
+    // Outlives a restart of the agent: the next suspicion is judged by it.
+    record.overtaken = record.overtaken.max(stored.and_then(|stored| stored.value.overtaken));
     let known = view.memory.published.as_ref().map(|(_, r)| r.beat).unwrap_or(0);
     record.beat = stored.map(|r| r.value.beat).unwrap_or(0).max(known) + 1;
     let revision = stored.map(|r| r.revision).unwrap_or(0);
@@ -51,7 +53,12 @@ fn changed(before: &MemberRecord, now: &MemberRecord) -> bool {
         (
             (r.incarnation, r.start_counter, r.data.clone(), r.role, settled(&r.state)),
             (r.timeline, r.term, r.host.clone(), r.port, r.tags.clone()),
-            (r.pending_restart, r.job.as_ref().map(|j| j.what.clone())),
+            (
+                r.pending_restart,
+                r.promise.clone(),
+                r.job.as_ref().map(|j| j.what.clone()),
+                r.overtaken.max(before.overtaken),
+            ),
         )
     };
     relevant(before) != relevant(now)
@@ -94,6 +101,9 @@ pub fn record(view: &View, plan: &Plan) -> MemberRecord {
         agent_version: me.agent_version.clone(),
         pending_restart,
         job: job(view),
+        promise: view.memory.bond.as_ref().filter(|bond| bond.binds(view.now)).map(|bond| bond.promise.clone()),
+        highest_term: view.memory.durable.highest_term,
+        overtaken: view.memory.overtaken,
         rule: plan.rule.clone(),
         reason: plan.reason.clone(),
         beat: 0,

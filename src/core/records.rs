@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
+use super::promise::Promise;
 use super::timeline::{History, Term, TimelineId};
 
 /// `init`: which cluster this is. Written once.
@@ -24,6 +25,13 @@ pub struct LeaderRecord {
     pub state: LeaderState,
     /// T_h of the holder in milliseconds. A candidate waits for its own W or for this one's, whichever is longer.
     pub ttl_ms: u64,
+    /// After how much silence the holder expects to be overtaken where no clock is needed (`takeover.after`): its gate holds
+    /// from a little before. A candidate waits for its own or for this one's, whichever is longer.
+    #[serde(default)]
+    pub takeover_ms: u64,
+    /// Set when this term began by taking it from a silent holder before W.
+    #[serde(default)]
+    pub taken: Option<Taken>,
     /// While electing: the last position that the leader before had published with its heartbeat.
     #[serde(default)]
     pub lsn: Option<Lsn>,
@@ -33,6 +41,16 @@ pub struct LeaderRecord {
     /// carries the old one's, so it shows itself to whoever reads it. 0: written before there was such a word.
     #[serde(default)]
     pub store_id: u64,
+}
+
+/// From whom a term was taken on suspicion: whether it was right shows later, and decides how patient the next one is (L5).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taken {
+    pub from: MemberId,
+    /// The term that was taken from it.
+    pub term: Term,
+    /// How often `takeover.after` was doubled when it was taken.
+    pub doubled: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -231,6 +249,15 @@ pub struct MemberRecord {
     pub agent_version: String,
     pub pending_restart: bool,
     pub job: Option<JobProgress>,
+    /// The last term that was taken from this member while its PostgreSQL was read-write: the suspicion was wrong.
+    #[serde(default)]
+    pub overtaken: Option<Term>,
+    /// Its word to the sitting leader, while it binds: not to be counted on in an election.
+    #[serde(default)]
+    pub promise: Option<Promise>,
+    /// Highest term that it remembers; a store that says less is not believed by it.
+    #[serde(default)]
+    pub highest_term: Term,
     /// The last plan's rule and reason, so that any member can tell what every other waits for (L6).
     pub rule: String,
     pub reason: String,

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::lease::Timings;
+use super::lease::{Takeover, Timings};
 use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
 use super::plan::{Follow, Plan, Source, SyncRule, walreceiver_name};
@@ -56,6 +56,7 @@ pub fn policy() -> Policy {
         member_publish: secs(3),
         rejoin_timeout: Duration::from_secs(60),
         reclone: true,
+        takeover: Takeover::default(),
     }
 }
 
@@ -102,6 +103,8 @@ impl Cluster {
             term,
             state: LeaderState::Held,
             ttl_ms: 8_000,
+            takeover_ms: 2_000,
+            taken: None,
             lsn: None,
             last: Some(last),
             store_id: self.records.store_id,
@@ -170,6 +173,9 @@ impl Cluster {
             agent_version: "0.1.0".to_owned(),
             pending_restart: false,
             job: None,
+            overtaken: None,
+            promise: None,
+            highest_term: term,
             rule: "follower".to_owned(),
             reason: "follows the leader".to_owned(),
             beat: 7,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::lease::Timings;
+use super::lease::{Takeover, Timings};
 use super::lsn::Lsn;
 use super::names::{MemberId, MemberName};
 use super::peers::Peer;
@@ -35,6 +35,21 @@ pub struct View {
     pub job: Option<Job>,
     /// The agent was told to stop (SIGTERM): hand over, then stop PostgreSQL.
     pub stopping: bool,
+}
+
+impl View {
+    /// Until when clients may be served under the lease that this member holds, in sync mode: whoever takes over without
+    /// waiting for clocks does so later (S4). Moved on by every renewal; `None`: no lease, or its D alone counts (async).
+    pub fn gate_until(&self) -> Option<Moment> {
+        let LeaseView::Held { deadline, .. } = &self.lease else { return None };
+        let claimed = self.store.records().and_then(|records| records.sync.value()).map(|claim| claim.mode);
+        match claimed.unwrap_or(self.policy.durability) {
+            Durability::Async => None,
+            Durability::Sync | Durability::Strict => {
+                Some(deadline.minus(self.policy.timings.ttl).plus(self.policy.takeover.gate()))
+            }
+        }
+    }
 }
 
 /// Who this agent is: from the configuration and the state file.
@@ -76,6 +91,8 @@ pub struct Policy {
     pub rejoin_timeout: Duration,
     /// Sets diverged data aside and clones when a rewind is not possible.
     pub reclone: bool,
+    #[serde(default)]
+    pub takeover: Takeover,
 }
 
 // === What is here ===
@@ -354,6 +371,9 @@ pub struct Memory {
     pub promotion_failed: Option<Term>,
     /// Our own election of this term, and when it began.
     pub election: Option<ElectionMemory>,
+    /// The last term that was taken from this member while its PostgreSQL was read-write.
+    #[serde(default)]
+    pub overtaken: Option<Term>,
     /// When this member became a promoted winner, per term.
     pub promoted: Option<(Term, Moment)>,
     /// Crashes of PostgreSQL within the window, by start number.

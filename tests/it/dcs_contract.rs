@@ -38,6 +38,8 @@ fn leader(term: u64) -> LeaderRecord {
         term: Term(term),
         state: LeaderState::Held,
         ttl_ms: 8000,
+        takeover_ms: 2000,
+        taken: None,
         lsn: None,
         last: None,
         store_id: u64::MAX,

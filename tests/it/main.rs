@@ -16,4 +16,5 @@ mod peers;
 mod random;
 mod review;
 mod support;
+mod takeover;
 mod toy;

@@ -5,10 +5,9 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use pgvigil::core::MemberName;
 use pgvigil::core::records::{Durability, Keyed, Operation, Request};
 
-use crate::toy::{Random, Toy};
+use crate::toy::{Random, Toy, name};
 
 const ROUNDS: usize = 1_500;
 const MEMBERS: [&str; 3] = ["a", "b", "c"];
@@ -16,11 +15,20 @@ const MEMBERS: [&str; 3] = ["a", "b", "c"];
 /// A fault that goes away by itself.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
-    Host,
+    /// Power: nothing answers. Or its processes, and the host says so.
+    Host {
+        refuses: bool,
+    },
     Agent,
     Frozen,
+    /// Every process of the member is stopped.
+    Stopped,
     Store,
     Network,
+    /// Words of the first do not reach the second.
+    Cut {
+        to: &'static str,
+    },
 }
 
 fn whole(toy: &Toy) -> bool {
@@ -30,14 +38,16 @@ fn whole(toy: &Toy) -> bool {
             || toy.records.sync.value().is_some_and(|s| s.k == 1 && s.members.len() == 2))
 }
 
-/// One run: whole, troubled, healed. Returns the number of promotions, so that a run in which nothing happens shows.
-fn run(seed: u64, durability: Durability) -> usize {
+/// One run: whole, troubled, healed. Returns the number of promotions, and of terms taken on suspicion, so that a run in which
+/// nothing happens shows.
+fn run(seed: u64, durability: Durability) -> (usize, usize) {
     let mut toy = Toy::new(&MEMBERS, durability);
     toy.policy.crash_window = Duration::from_secs(20);
     toy.until("a whole cluster", 400, whole);
     toy.trouble = Some(Random(seed));
     let mut random = Random(seed ^ 0x5eed);
     let mut faults: Vec<(usize, Fault, &str)> = Vec::new();
+    let mut taken = BTreeSet::new();
     for round in 0..ROUNDS {
         if random.one_in(40) {
             begin(&mut toy, &mut random, &mut faults, round);
@@ -47,14 +57,19 @@ fn run(seed: u64, durability: Durability) -> usize {
         }
         // Who froze between two steps wakes again.
         if random.one_in(50) {
-            MEMBERS.iter().filter(|n| !faults.iter().any(|f| f.2 == **n)).for_each(|n| toy.member(n).agent = true);
+            MEMBERS.iter().filter(|n| !faults.iter().any(|f| f.2 == **n)).for_each(|n| {
+                let m = toy.member(n);
+                (m.agent, m.refuses) = (true, false);
+            });
         }
         toy.round();
+        taken.extend(toy.records.leader().and_then(|l| l.taken.as_ref()).map(|taken| taken.term));
     }
     toy.trouble = None;
+    toy.cuts.clear();
     for n in MEMBERS {
         let m = toy.member(n);
-        (m.store, m.network) = (true, true);
+        (m.store, m.network, m.frozen) = (true, true, false);
         // Three failed attempts at rejoining ask for a person; this is the person. An ended process is started again.
         if m.memory.rejoin_failures >= 3 || !m.agent {
             m.restart_agent();
@@ -63,20 +78,20 @@ fn run(seed: u64, durability: Durability) -> usize {
     toy.until("L1, L2: a leader with two streaming standbys", 2_500, whole);
     let timelines: BTreeSet<u32> = toy.writers.iter().map(|(_, timeline)| *timeline).collect();
     assert_eq!(timelines.len(), toy.writers.len(), "S6: two promotions to one timeline: {:?}", toy.writers);
-    toy.writers.len()
+    (toy.writers.len(), taken.len())
 }
 
 fn begin(toy: &mut Toy, random: &mut Random, faults: &mut Vec<(usize, Fault, &str)>, round: usize) {
     let n = MEMBERS[random.below(3) as usize];
     let longest = if random.one_in(3) { 250 } else { 30 };
     let until = round + 1 + random.below(longest) as usize;
-    let fault = match random.below(8) {
+    let fault = match random.below(10) {
         0 => {
             toy.member(n).die("signal 9");
             return;
         }
         1 => {
-            let to = random.one_in(2).then(|| MemberName::new(n).unwrap());
+            let to = random.one_in(2).then(|| name(n));
             ask(toy, round, Operation::Switchover { to });
             return;
         }
@@ -86,7 +101,11 @@ fn begin(toy: &mut Toy, random: &mut Random, faults: &mut Vec<(usize, Fault, &st
             faults.extend(MEMBERS.map(|n| (until, Fault::Store, n)));
             return;
         }
-        3 => Fault::Host,
+        3 => Fault::Host { refuses: random.one_in(2) },
+        // A whole member that is stopped, its guardian too, may acknowledge between its waking and its death: what async does
+        // not promise (docs/INVARIANTS.md).
+        8 if toy.policy.durability != Durability::Async => Fault::Stopped,
+        9 => Fault::Cut { to: MEMBERS[random.below(3) as usize] },
         4 => Fault::Agent,
         5 => Fault::Frozen,
         6 => Fault::Store,
@@ -97,11 +116,14 @@ fn begin(toy: &mut Toy, random: &mut Random, faults: &mut Vec<(usize, Fault, &st
     }
     let m = toy.member(n);
     match fault {
-        Fault::Host => {
+        Fault::Host { refuses } => {
             m.die("power");
-            m.agent = false;
+            (m.agent, m.refuses) = (false, refuses);
         }
-        Fault::Agent | Fault::Frozen => m.agent = false,
+        Fault::Agent => (m.agent, m.refuses) = (false, true),
+        Fault::Frozen => m.agent = false,
+        Fault::Stopped => (m.agent, m.frozen) = (false, true),
+        Fault::Cut { to } => drop(toy.cuts.insert((name(n), name(to)))),
         Fault::Store => m.store = false,
         Fault::Network => m.network = false,
     }
@@ -111,8 +133,10 @@ fn begin(toy: &mut Toy, random: &mut Random, faults: &mut Vec<(usize, Fault, &st
 fn end(toy: &mut Toy, fault: Fault, n: &str) {
     let m = toy.member(n);
     match fault {
-        Fault::Host | Fault::Agent => m.restart_agent(),
+        Fault::Host { .. } | Fault::Agent => m.restart_agent(),
         Fault::Frozen => m.agent = true,
+        Fault::Stopped => (m.agent, m.frozen) = (true, false),
+        Fault::Cut { to } => drop(toy.cuts.remove(&(name(n), name(to)))),
         Fault::Store => m.store = true,
         Fault::Network => m.network = true,
     }
@@ -138,16 +162,20 @@ fn check(durability: Durability) {
     let of = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let first = of("RANDOM_SEED").unwrap_or(1);
     let runs = of("RANDOM_RUNS").unwrap_or(if of("RANDOM_SEED").is_some() { 1 } else { 10 });
-    let mut promotions = 0;
+    let (mut promotions, mut taken) = (0, 0);
     let mut failed = Vec::new();
     for seed in first..first + runs {
         match catch_unwind(AssertUnwindSafe(|| run(seed, durability))) {
-            Ok(writers) => promotions += writers - 1,
+            Ok((writers, suspicions)) => {
+                promotions += writers - 1;
+                taken += suspicions;
+            }
             Err(_) => failed.push(seed),
         }
     }
     assert!(failed.is_empty(), "{durability:?}: seeds {failed:?} failed; again with RANDOM_SEED=<seed> TOY_TRACE=1");
     assert!(promotions as u64 > runs, "nothing happened in {runs} runs");
+    assert_eq!(taken > 0, durability == Durability::Sync, "{taken} terms were taken on suspicion in {runs} runs");
 }
 
 #[test]

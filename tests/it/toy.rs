@@ -5,13 +5,14 @@
 //! With [`Toy::trouble`] set the steps of all members are done in a random order, so that plans are carried out on views that
 //! are not true any more; agents freeze between two steps, jobs fail, and commits lose their answers or land later.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use pgvigil::core::decide::decide;
 use pgvigil::core::holding::{Ask, Holding};
-use pgvigil::core::lease::Timings;
+use pgvigil::core::lease::{Takeover, Timings};
 use pgvigil::core::lint;
+use pgvigil::core::peers::{Door, Heard, Peer, Promise as Bound, Report, Tried};
 use pgvigil::core::plan::{Follow, NOBODY, Plan, Step, SyncRule, parse_walreceiver_name};
 use pgvigil::core::promise::{Answer as Promised, Bond, Promise, may_be_given, refuses_promise, refuses_seal};
 use pgvigil::core::records::{
@@ -20,8 +21,8 @@ use pgvigil::core::records::{
 };
 use pgvigil::core::timeline::{History, HistoryEntry, Term, TimelineId};
 use pgvigil::core::view::{
-    DataDirectory, Durable, Exit, Guard, GuardState, JobKind, LeaseView, Local, LocalPostgres, Me, Memory, Policy,
-    PrimaryFacts, Receiver, Replica, StandbyFacts, Store, View,
+    DataDirectory, Durable, Exit, Guard, GuardState, JobKind, LastMessage, LeaseView, Local, LocalPostgres, Me, Memory,
+    Policy, PrimaryFacts, Receiver, Replica, StandbyFacts, Store, View,
 };
 use pgvigil::core::{Incarnation, Lsn, MemberId, MemberName, Moment};
 
@@ -54,6 +55,7 @@ pub fn policy(durability: Durability) -> Policy {
         member_publish: Duration::from_secs(3),
         reclone: true,
         rejoin_timeout: Duration::from_secs(60),
+        takeover: Takeover::default(),
     }
 }
 
@@ -95,6 +97,17 @@ pub struct Member {
     /// Nothing can be written to the state file any more.
     pub state_disk_full: bool,
     pub last: Option<Plan>,
+    /// What its agent answers from: the view of its last round.
+    pub said: Option<View>,
+    pub peers: BTreeMap<MemberName, Peer>,
+    /// An agent that is not there is either silent (host lost, process stopped), or its host says so.
+    pub refuses: bool,
+    /// The agent answers the others, and its loop does not come round.
+    pub stuck: bool,
+    /// PostgreSQL is stopped too: it neither writes nor streams, and no guardian kills it.
+    pub frozen: bool,
+    /// Bound by a promise until then.
+    pub promised: Option<Moment>,
 }
 
 pub struct Toy {
@@ -107,6 +120,10 @@ pub struct Toy {
     /// The highest position on each timeline that a client was told of.
     pub acknowledged: BTreeMap<u32, u64>,
     pub trouble: Option<Random>,
+    /// Questions from the first to the second do not arrive, nor answers that way.
+    pub cuts: BTreeSet<(MemberName, MemberName)>,
+    /// Acknowledged on a timeline at the moment when a later one was first acknowledged: its end (S1).
+    closed: BTreeMap<u32, u64>,
     seq: u64,
     /// Transactions whose senders gave up, and which may still be applied.
     held: Vec<Transaction>,
@@ -180,6 +197,12 @@ impl Toy {
                     exited: false,
                     state_disk_full: false,
                     last: None,
+                    said: None,
+                    peers: BTreeMap::new(),
+                    refuses: false,
+                    stuck: false,
+                    frozen: false,
+                    promised: None,
                 };
                 (n.clone(), member)
             })
@@ -193,6 +216,8 @@ impl Toy {
             writers: Vec::new(),
             acknowledged: BTreeMap::new(),
             trouble: None,
+            cuts: BTreeSet::new(),
+            closed: BTreeMap::new(),
             seq: 0,
             held: Vec::new(),
         }
@@ -228,6 +253,7 @@ impl Toy {
         let upstream = &self.members[&follow.upstream.member];
         match &upstream.pg {
             _ if !self.members[n].network || !upstream.network => false,
+            _ if self.members[n].frozen || upstream.frozen => false,
             Pg::Primary { timeline: up, history, .. } => {
                 timeline == up || history.switch_from(TimelineId(*timeline)).is_some_and(|left| *replayed <= left.0)
             }
@@ -271,8 +297,10 @@ impl Toy {
                 }
             }
         }
-        let open = self.primaries();
-        assert!(open.len() <= 1, "S1: two members are read-write at once: {open:?}");
+        let open: Vec<MemberName> = self.primaries().into_iter().filter(|n| !self.members[n].frozen).collect();
+        // In sync mode the seals bar an overtaken primary from acknowledging, and it may live on until it reads of it.
+        let sync = self.records.sync.value().is_some_and(|claim| claim.mode != Durability::Async);
+        assert!(sync || open.len() <= 1, "S1: two members are read-write at once: {open:?}");
         self.nothing_is_lost();
         self.the_store_says_no_more();
     }
@@ -334,7 +362,7 @@ impl Toy {
     /// What the rule in force has released by now.
     fn acknowledge(&mut self) {
         let mut told = Vec::new();
-        for (n, m) in &self.members {
+        for (n, m) in self.members.iter().filter(|(_, m)| !m.frozen) {
             let Pg::Primary { timeline, flushed, rule, .. } = &m.pg else { continue };
             let at = if rule.is_empty() {
                 *flushed
@@ -351,9 +379,15 @@ impl Toy {
             };
             told.push((*timeline, at));
         }
-        for (timeline, at) in told {
+        for (timeline, at) in told.into_iter().filter(|(_, at)| *at > 0) {
             let known = self.acknowledged.entry(timeline).or_default();
             *known = at.max(*known);
+        }
+        // S1: once a later timeline has acknowledged something, an earlier one acknowledges nothing more.
+        let last = self.acknowledged.keys().next_back().copied();
+        for (timeline, at) in self.acknowledged.iter().filter(|(timeline, _)| Some(**timeline) != last) {
+            let end = *self.closed.entry(*timeline).or_insert(*at);
+            assert!(*at <= end, "S1: timeline {timeline} acknowledged {at} after its successor began, at {end}");
         }
     }
 
@@ -364,7 +398,8 @@ impl Toy {
         }
         for (n, m) in &self.members {
             let Pg::Primary { timeline, history, .. } = &m.pg else { continue };
-            for (told, at) in self.acknowledged.iter().filter(|(told, at)| *told != timeline && **at > 0) {
+            // An overtaken primary has only its own past.
+            for (told, at) in self.acknowledged.iter().filter(|(told, at)| *told < timeline && **at > 0) {
                 let kept = history.switch_from(TimelineId(*told)).map(|lsn| lsn.0);
                 assert!(
                     kept >= Some(*at),
@@ -384,7 +419,7 @@ impl Toy {
 
     /// The primary writes a little; standbys that follow get it, in trouble not always.
     fn replicate(&mut self) {
-        for m in self.members.values_mut() {
+        for m in self.members.values_mut().filter(|m| !m.frozen) {
             if let Pg::Primary { flushed, .. } = &mut m.pg {
                 *flushed += 10;
             }
@@ -417,7 +452,7 @@ impl Toy {
     /// The guardian: at F = D - K an armed PostgreSQL dies, agent or no agent.
     fn guard(&mut self) {
         for m in self.members.values_mut() {
-            if m.armed.is_some() && m.fence.is_some_and(|f| self.now.any_reached(f)) {
+            if m.armed.is_some() && !m.frozen && m.fence.is_some_and(|f| self.now.any_reached(f)) {
                 m.die("killed by the guardian: deadline passed");
             }
         }
@@ -504,10 +539,12 @@ impl Toy {
 
     /// Do these two agents reach each other?
     fn reach(&self, one: &MemberName, other: &MemberName) -> bool {
-        [one, other].iter().all(|n| {
-            let m = &self.members[*n];
+        let cut = |from: &MemberName, to: &MemberName| self.cuts.contains(&(from.clone(), to.clone()));
+        let there = |n: &MemberName| {
+            let m = &self.members[n];
             m.port && m.agent && !m.exited
-        })
+        };
+        !cut(one, other) && !cut(other, one) && there(one) && there(other)
     }
 
     pub fn view(&mut self, n: &MemberName) -> View {
@@ -539,7 +576,8 @@ impl Toy {
                 replay_delay_ms: None,
                 follows: follows.clone(),
                 receiver,
-                last_message: None,
+                last_message: (receiver == Receiver::Streaming)
+                    .then(|| LastMessage { mark: now.raw / 1_000, age_ms: 0 }),
                 pending_restart: false,
                 slots: all_slots(&m.me),
             }),
@@ -568,7 +606,7 @@ impl Toy {
         } else {
             Store::Unknown { why: "cut".to_owned(), since: now }
         };
-        let peers = BTreeMap::new();
+        let peers = m.peers.clone();
         m.memory = std::mem::take(&mut m.memory).observe(&m.me, &policy, &local, &store, &peers, now);
         View {
             now,
@@ -582,6 +620,44 @@ impl Toy {
             peers,
             job: None,
             stopping: m.stopping,
+        }
+    }
+
+    /// What the agent's watch over the others does between two rounds: everybody is asked.
+    fn ask_the_others(&mut self, n: &MemberName) {
+        let now = self.now;
+        let others: Vec<MemberName> = self.members.keys().filter(|other| *other != n).cloned().collect();
+        for other in others {
+            let way = |from: &MemberName, to: &MemberName| !self.cuts.contains(&(from.clone(), to.clone()));
+            let reached = way(n, &other) && way(&other, n) && self.members[n].port && self.members[&other].port;
+            let lost = self.chance(10);
+            let m = &self.members[&other];
+            let report =
+                m.said.as_ref().filter(|_| reached && !lost && (m.agent || m.stuck) && !m.exited).map(|said| {
+                    let mut report = Report::of(said, said.now, now);
+                    if let Some(left) = m.promised.map(|until| now.until(until)).filter(|left| !left.is_zero()) {
+                        let to = said.store.records().and_then(|r| r.leader()).unwrap().holder.clone();
+                        report.promise = Bound::Bound { to, term: said.memory.term, left_ms: left.as_millis() as u64 };
+                    }
+                    report
+                });
+            let patience = self.policy.timings.loop_patience();
+            let report = report.filter(|report| Duration::from_millis(report.loop_age_ms) <= patience);
+            let refuses = reached && !m.agent && m.refuses;
+            let (tried, postgres) = match (&report, refuses, &m.pg) {
+                (Some(_), ..) => (Tried::Opened, None),
+                (None, true, Pg::Down) => (Tried::Refused, Some(Tried::Refused)),
+                (None, true, _) => (Tried::Refused, Some(Tried::Opened)),
+                (None, false, _) => (Tried::Silent, None),
+            };
+            let from = m.me.id.clone();
+            let peer = self.members.get_mut(n).unwrap().peers.entry(other).or_default();
+            peer.asked_at = Some(now);
+            peer.agent = peer.agent.after(tried, now);
+            peer.postgres = postgres.map_or(Door::Unknown, |tried| peer.postgres.after(tried, now));
+            if let Some(report) = report {
+                peer.answer = Some(Heard { asked_at: now, at: now, from, report });
+            }
         }
     }
 
@@ -614,7 +690,9 @@ impl Toy {
     }
 
     fn plan(&mut self, n: &MemberName) -> Plan {
+        self.ask_the_others(n);
         let view = self.view(n);
+        self.member(n.as_str()).said = Some(view.clone());
         let plan = decide(&view);
         let violations = lint::violations(&view, &plan);
         assert!(violations.is_empty(), "{n}: {}: {violations:?}", plan.rule);
@@ -1032,6 +1110,7 @@ impl Member {
         (self.holding, self.lease) = (Holding::default(), LeaseView::None);
         // A stored promise runs its whole length again.
         (self.bound_until, self.standing) = (None, None);
+        (self.peers, self.said, self.refuses, self.frozen) = (BTreeMap::new(), None, false, false);
         self.pending.clear();
         self.agent = true;
         self.me.start_counter += 1;

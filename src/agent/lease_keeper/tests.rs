@@ -160,6 +160,8 @@ fn lead() -> Lead {
         term: TERM,
         state: LeaderState::Held,
         ttl_ms: 8_000,
+        takeover_ms: 2_000,
+        taken: None,
         lsn: None,
         last: None,
         store_id: 7,

@@ -85,6 +85,8 @@ pub fn create(view: &View) -> Option<Plan> {
         term,
         state: LeaderState::Electing { coordinator: facts.me().name.clone(), preferred: None, winner: None },
         ttl_ms: view.policy.timings.ttl.as_millis() as u64,
+        takeover_ms: view.policy.takeover.after.as_millis() as u64,
+        taken: None,
         lsn: None,
         last: None,
         store_id: facts.records.store_id,

@@ -284,6 +284,7 @@ fn publish(
     record.state = LeaderState::Held;
     record.boot_id = view.me.boot_id.clone();
     record.ttl_ms = view.policy.timings.ttl.as_millis() as u64;
+    record.takeover_ms = view.policy.takeover.after.as_millis() as u64;
     record.last = Some(Published {
         member: facts.me().clone(),
         term,

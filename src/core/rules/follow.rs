@@ -6,6 +6,7 @@ use crate::core::memory::retry_delay;
 use crate::core::names::MemberName;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::{LeaderRecord, LeaderState, Operation, Outcome};
+use crate::core::silence::{WayB, way_b};
 use crate::core::timeline::{History, Term, TimelineId};
 use crate::core::view::{DataDirectory, LocalPostgres, Receiver, StandbyFacts, View};
 
@@ -13,6 +14,15 @@ use crate::core::view::{DataDirectory, LocalPostgres, Receiver, StandbyFacts, Vi
 const REJOIN_ATTEMPTS: u32 = 3;
 
 pub fn rule(view: &View) -> Option<Plan> {
+    let mut plan = follow_leader(view)?;
+    // L6: silent for long enough, and yet it is followed: say why.
+    if let WayB::Barred { why } = way_b(&Facts::of(view)?) {
+        plan.reason.push_str(&format!("; {why}"));
+    }
+    Some(plan)
+}
+
+fn follow_leader(view: &View) -> Option<Plan> {
     let facts = Facts::of(view)?;
     facts.records.init.value()?;
     if !matches!(view.local.data, DataDirectory::Present { .. }) {

@@ -1,8 +1,6 @@
 //! Somebody else coordinates an election: give our word that no WAL of a lower term is taken any more.
 
-use std::time::Duration;
-
-use super::Facts;
+use super::{Facts, takeover};
 use crate::core::Moment;
 use crate::core::plan::{Plan, Step};
 use crate::core::promise::Bond;
@@ -27,8 +25,7 @@ pub fn rule(view: &View) -> Option<Plan> {
         return Some(Plan::new("seal.copied", why));
     }
     // A coordinator that is silent is overtaken like a leader: that is the next rules' matter, sealed or not.
-    let patience = view.policy.timings.candidate_wait(Duration::from_millis(leader.value.ttl_ms));
-    if view.memory.silence.is_some_and(|s| view.now.all_reached(s.first_seen.plus(patience))) {
+    if takeover::is_open(&facts, &leader.value) {
         return None;
     }
     let sealed = facts

@@ -1,4 +1,5 @@
-//! Way A of protocol §5: the term was released, or its lease is silent for W by our own clocks. Begin an election.
+//! Beginning an election (protocol §5): the term was released, or its lease is silent for W by our own clocks (way A); or its
+//! holder gives no sign of life to anybody whose seal is needed, and commits need theirs (way B).
 
 use std::time::Duration;
 
@@ -6,10 +7,12 @@ use super::sealing::bound;
 use super::{Facts, scattered, seconds};
 use crate::core::election::list;
 use crate::core::names::{MemberId, MemberName};
+use crate::core::peers::Promise;
 use crate::core::plan::Plan;
 use crate::core::records::{
-    Durability, Entry, Key, LeaderRecord, LeaderState, Operation, SyncClaim, Transaction, Write,
+    Durability, Entry, Key, LeaderRecord, LeaderState, Operation, SyncClaim, Taken, Transaction, Write,
 };
+use crate::core::silence::{self, WayB};
 use crate::core::time::Moment;
 use crate::core::view::{DataDirectory, LocalPostgres, View};
 
@@ -20,10 +23,10 @@ pub fn rule(view: &View) -> Option<Plan> {
     let facts = Facts::of(view)?;
     facts.records.init.value()?;
     let leader = facts.leader?;
-    let (since, preferred) = match vacancy(&facts, &leader.value) {
+    let (since, preferred, way) = match vacancy(&facts, &leader.value) {
         Vacancy::Occupied => return None,
         Vacancy::Until { at, why } => return hold(&facts, why, at),
-        Vacancy::Open { why, preferred } => (why, preferred),
+        Vacancy::Open { why, preferred, way } => (why, preferred, way),
     };
 
     if !matches!(view.local.data, DataDirectory::Present { .. }) {
@@ -74,14 +77,20 @@ pub fn rule(view: &View) -> Option<Plan> {
     record.boot_id = view.me.boot_id.clone();
     record.term = leader.value.term.max(view.memory.durable.highest_term).next();
     record.ttl_ms = view.policy.timings.ttl.as_millis() as u64;
+    record.takeover_ms = view.policy.takeover.after.as_millis() as u64;
+    record.taken = taken(&facts, &leader.value, way);
     record.lsn = facts.last_published_lsn();
     record.state = LeaderState::Electing { coordinator: facts.me().name.clone(), preferred, winner: None };
     let reason = format!("{since}: electing for term {}", record.term);
     // One transaction: the record as we saw it becomes ours (step 1). The claim is read after it, never before.
     // The lease too: a reading that is old by now must not take over from a leader that renewed since.
-    let transaction = Transaction::when(Key::Leader, leader.revision)
+    let mut transaction = Transaction::when(Key::Leader, leader.revision)
         .and(Key::Lease, facts.records.lease.revision())
         .put(Write::Leader(record));
+    if way == Way::B {
+        // S1: the claim that makes clocks needless still stands. A leader that went over to async since acknowledges alone.
+        transaction = transaction.and(Key::Sync, facts.records.sync.revision());
+    }
     Some(Plan::new("takeover", reason).step(facts.commit("begin an election", transaction)))
 }
 
@@ -95,7 +104,26 @@ enum Vacancy {
     Open {
         why: String,
         preferred: Option<MemberName>,
+        way: Way,
     },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    A,
+    B,
+}
+
+/// Could the record be taken from its holder now?
+pub fn is_open(facts: &Facts<'_>, record: &LeaderRecord) -> bool {
+    matches!(vacancy(facts, record), Vacancy::Open { .. })
+}
+
+/// What the new record says of how it began. A change that has not ended yet keeps the suspicion that it began with.
+fn taken(facts: &Facts<'_>, record: &LeaderRecord, way: Way) -> Option<Taken> {
+    let published = record.last.as_ref().is_some_and(|last| last.term == record.term);
+    let now = || Taken { from: record.holder.clone(), term: record.term, doubled: silence::doubled(facts, record) };
+    record.taken.clone().filter(|_| !published).or_else(|| (way == Way::B).then(now))
 }
 
 fn vacancy(facts: &Facts<'_>, record: &LeaderRecord) -> Vacancy {
@@ -115,7 +143,7 @@ fn vacancy(facts: &Facts<'_>, record: &LeaderRecord) -> Vacancy {
                     seen.plus(Duration::from_millis(300) + scattered(facts.me(), term, Duration::from_secs(2)));
             }
             if view.now.all_reached(not_before) {
-                Vacancy::Open { why: said, preferred: asked }
+                Vacancy::Open { why: said, preferred: asked, way: Way::A }
             } else {
                 Vacancy::Until { at: not_before, why: format!("{said}; {} goes first", name_or_others(to.as_ref())) }
             }
@@ -123,6 +151,7 @@ fn vacancy(facts: &Facts<'_>, record: &LeaderRecord) -> Vacancy {
         LeaderState::Fenced { survivors } => Vacancy::Open {
             why: format!("{} is fenced with {survivors} processes left in uninterruptible I/O", record.holder.name),
             preferred: asked_for(facts),
+            way: Way::A,
         },
         LeaderState::Held | LeaderState::Electing { .. } => {
             let Some(silence) = view.memory.silence else { return Vacancy::Occupied };
@@ -131,9 +160,15 @@ fn vacancy(facts: &Facts<'_>, record: &LeaderRecord) -> Vacancy {
             let silent = view.now.since(silence.first_seen);
             if view.now.all_reached(at) {
                 let why = format!("{} is silent for {} under term {term}", record.holder.name, seconds(silent));
-                return Vacancy::Open { why, preferred: asked_for(facts) };
+                return Vacancy::Open { why, preferred: asked_for(facts), way: Way::A };
             }
-            Vacancy::Occupied
+            match silence::way_b(facts) {
+                WayB::Open { why } => {
+                    let why = format!("{why} under term {term}");
+                    Vacancy::Open { why, preferred: asked_for(facts), way: Way::B }
+                }
+                WayB::Heard | WayB::Until(_) | WayB::Barred { .. } => Vacancy::Occupied,
+            }
         }
     }
 }
@@ -158,6 +193,26 @@ fn asked_for(facts: &Facts<'_>) -> Option<MemberName> {
         Operation::Switchover { to } | Operation::Failover { to } => to.clone(),
         Operation::Restart { .. } | Operation::Reinit { .. } => None,
     })
+}
+
+/// A holder that is silent cannot be sealed through the store either, unless its agent has written there since.
+fn spoke(facts: &Facts<'_>, member: &MemberName) -> bool {
+    let Some(leader) = facts.leader.filter(|l| l.value.holder.name == *member) else { return true };
+    if !matches!(leader.value.state, LeaderState::Held | LeaderState::Electing { .. }) {
+        return true;
+    }
+    let memory = &facts.view.memory;
+    match (memory.silence, memory.beats.get(member)) {
+        (Some(silence), Some((_, seen))) => *seen != silence.first_seen && seen.all_reached(silence.first_seen),
+        _ => false,
+    }
+}
+
+/// Has the member given its word to the sitting leader, by its record or by its agent's last answer?
+fn is_bound(facts: &Facts<'_>, member: &MemberName) -> bool {
+    let published = facts.records.members.get(member).is_some_and(|m| m.value.promise.is_some());
+    let said = facts.view.peers.get(member).and_then(|peer| peer.answer.as_ref());
+    published || said.is_some_and(|heard| matches!(heard.report.promise, Promise::Bound { .. }))
 }
 
 /// Pre-vote (step 0): an election that cannot end well is not begun. The error names whom it waits for.
@@ -191,13 +246,14 @@ fn may_stand(facts: &Facts<'_>, claim: &SyncClaim) -> Result<(), String> {
     let need = claim.seals_needed();
     let is_there = |id: &MemberId| {
         let incarnation = facts.records.members.get(&id.name).map(|m| m.value.incarnation);
-        id == facts.me() || facts.is_there(&id.name) && incarnation == Some(id.incarnation)
+        let there = facts.is_there(&id.name) && incarnation == Some(id.incarnation);
+        id == facts.me() || there && spoke(facts, &id.name) && !is_bound(facts, &id.name)
     };
     let there: Vec<&MemberName> = electorate.iter().filter(|id| is_there(id)).map(|id| &id.name).collect();
     if there.len() < need {
         let missing = electorate.iter().filter(|id| !is_there(id)).map(|id| &id.name);
         return Err(format!(
-            "{need} of {} must be there to know every acknowledged commit, {} are; waiting for {}",
+            "{need} of {} must be there, bound by no promise, to know every acknowledged commit, {} are; waiting for {}",
             list(electorate.iter().map(|id| &id.name)),
             there.len(),
             list(missing)

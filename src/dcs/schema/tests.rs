@@ -6,6 +6,7 @@ use serde_json::json;
 use super::*;
 use crate::core::Lsn;
 use crate::core::names::{Incarnation, MemberId};
+use crate::core::promise::Promise;
 use crate::core::records::*;
 use crate::core::timeline::{History, HistoryEntry};
 
@@ -42,6 +43,8 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         term: Term(5),
         state,
         ttl_ms: 8000,
+        takeover_ms: 2000,
+        taken: Some(Taken { from: id("node-b", 0xabc), term: Term(4), doubled: 1 }),
         lsn: None,
         last: Some(Published {
             member: id("node-b", 0xabc),
@@ -53,7 +56,8 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
     };
     let leader_wire = |state: Value| {
         json!({"v": 1, "holder": {"name": "node-a", "incarnation": "0000000000000001"}, "boot_id": "boot", "term": 5,
-            "state": state, "ttl_ms": 8000, "store_id": "17000000000000000001",
+            "state": state, "ttl_ms": 8000, "takeover_ms": 2000, "store_id": "17000000000000000001",
+            "taken": {"from": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 4, "doubled": 1},
             "lsn": null, "last": {"member": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 4, "timeline": 2, "parent": 1, "switch": "0/3000000"}})
     };
     let winner =
@@ -82,6 +86,13 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
             done_bytes: Some(1),
             total_bytes: Some(u64::MAX),
         }),
+        overtaken: Some(Term(3)),
+        promise: Some(Promise {
+            to: MemberId { name: MemberName::new("node-b").unwrap(), incarnation: Incarnation(0xabc) },
+            term: Term(5),
+            length_ms: 8_162,
+        }),
+        highest_term: Term(6),
         rule: "follow".to_owned(),
         reason: "follows node-b under term 5".to_owned(),
         beat: 77,
@@ -92,7 +103,8 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         "api_url": "http://10.0.0.1:8008", "tags": tags_wire.clone(), "postgres_version": 150018, "agent_version": "0.1.0",
         "pending_restart": false,
         "job": {"what": "clone from node-b", "done_bytes": 1, "total_bytes": "18446744073709551615"},
-        "rule": "follow", "reason": "follows node-b under term 5", "beat": 77});
+        "overtaken": 3, "highest_term": 6,
+        "promise": {"to": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 5, "length_ms": 8162}, "rule": "follow", "reason": "follows node-b under term 5", "beat": 77});
     let request = |what, outcome| {
         Write::Request(Request {
             id: "r-1".to_owned(),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pgvigil::config::*;
-use pgvigil::core::lease::Timings;
+use pgvigil::core::lease::{Takeover, Timings};
 use pgvigil::core::names::{ClusterName, Incarnation, MemberId, MemberName};
 use pgvigil::core::plan::{Follow, PromoteOrder, Source, SyncRule, walreceiver_name};
 use pgvigil::core::records::{Durability, Tags};
@@ -128,6 +128,7 @@ impl Cluster {
                 member_publish: ms(3000),
                 rejoin_timeout: Duration::from_secs(60),
                 reclone: true,
+                takeover: Takeover::default(),
             },
             tags: Tags::default(),
             api: ApiConfig {

@@ -25,6 +25,15 @@ async fn renewed(cluster: &Cluster, leader: usize) {
     until_status(cluster, leader, "renewals go on", |s| rule(s) == "leader" && s["promises"].is_null()).await;
 }
 
+/// Everything was written again under a higher term, the others believe it, and renewals are enough again.
+async fn made_good(cluster: &Cluster, leader: usize, before: u64) {
+    until_status(cluster, leader, "the store is made good", |s| s["leader"]["term"].as_u64() > Some(before)).await;
+    renewed(cluster, leader).await;
+    for index in 0..3 {
+        until_status(cluster, index, "the store is believed", |s| !rule(s).starts_with("store.")).await;
+    }
+}
+
 async fn nobody_else(cluster: &Cluster, leader: usize) {
     for (index, look) in cluster.look().await.iter().enumerate() {
         assert!(index == leader || !look.is_primary(), "{index} is a primary too: {}", look.node);
@@ -61,6 +70,7 @@ async fn an_agent_restarted_while_etcd_is_away_changes_nothing() {
     etcd_away(&mut cluster).await;
     promised(&cluster, leader).await;
     cluster.kill_agent(leader);
+    cluster.agent_gone(leader, PATIENCE).await.unwrap();
     cluster.start_agent(leader).unwrap();
     promised(&cluster, leader).await;
     // Longer than what was left of the deadline that the first agent wrote.
@@ -111,6 +121,7 @@ async fn without_etcd_and_without_promises_the_primary_ends_by_its_deadline() {
     // ttl 4 s, counted from before the last promise was asked for; kill budget 1 s.
     assert!(gone.elapsed() < Duration::from_millis(4_500), "{:?}", gone.elapsed());
     for standby in [(leader + 1) % 3, (leader + 2) % 3] {
+        cluster.agent_gone(standby, PATIENCE).await.unwrap();
         cluster.start_agent(standby).unwrap();
     }
     etcd_back(&mut cluster);
@@ -126,7 +137,7 @@ async fn a_wiped_etcd_costs_no_write() {
     etcd_away(&mut cluster).await;
     (0..3).for_each(|index| cluster.etcd.wipe_member(index).unwrap());
     etcd_back(&mut cluster);
-    renewed(&cluster, leader).await;
+    made_good(&cluster, leader, began).await;
     assert_eq!(cluster.healthy(PATIENCE).await.unwrap(), leader);
     println!("longest gap between two acknowledged writes: {:?}", writer.outage(stopped));
     assert!(writer.outage(stopped) < Duration::from_secs(1), "{:?}", writer.outage(stopped));
@@ -159,7 +170,7 @@ async fn an_etcd_restored_from_an_old_backup_costs_no_write() {
         etcd_away(&mut cluster).await;
         (0..3).for_each(|index| cluster.etcd.restore_member(index, &backup, new_id).unwrap());
         etcd_back(&mut cluster);
-        renewed(&cluster, leader).await;
+        made_good(&cluster, leader, began).await;
         assert_eq!(cluster.healthy(PATIENCE).await.unwrap(), leader, "new id: {new_id}");
         println!("new id {new_id}: longest gap between two acknowledged writes: {:?}", writer.outage(stopped));
         assert!(writer.outage(stopped) < Duration::from_secs(1), "{:?}", writer.outage(stopped));
