@@ -404,7 +404,9 @@ impl Agent {
             .records()
             .and_then(|r| r.leader())
             .is_some_and(|l| matches!(l.state, LeaderState::Electing { .. }));
-        if electing {
+        // Standbys that come back under a new name are no event here.
+        let made_good = view.memory.durable.lead.as_ref().is_some_and(|lead| lead.unconfirmed);
+        if electing || made_good {
             pause = pause.min(ELECTION_PACE);
         }
         pause

@@ -198,7 +198,9 @@ impl Memory {
         let leads = records.leader().is_some_and(|l| l.holder == me.id);
         let mine = |what: &Operation| match what {
             Operation::Switchover { .. } | Operation::Failover { .. } => leads,
-            Operation::Restart { member } | Operation::Reinit { member } => *member == me.id.name,
+            Operation::Restart { member } | Operation::Reinit { member } | Operation::AcceptStore { member, .. } => {
+                *member == me.id.name
+            }
         };
         let next = records
             .requests

@@ -305,6 +305,9 @@ pub enum Operation {
     Restart { member: MemberName },
     /// Set the data of a standby aside and clone it again.
     Reinit { member: MemberName },
+    /// The store is lost and no leader sits: this member's data, up to this position, are the cluster from now on. Whoever
+    /// asks has the position before their eyes.
+    AcceptStore { member: MemberName, timeline: TimelineId, position: Lsn },
 }
 
 impl Operation {
@@ -315,7 +318,7 @@ impl Operation {
             Operation::Switchover { .. } | Operation::Failover { .. } => {
                 leader.filter(|l| l.state != LeaderState::Held).map(|l| l.term)
             }
-            Operation::Restart { .. } | Operation::Reinit { .. } => None,
+            Operation::Restart { .. } | Operation::Reinit { .. } | Operation::AcceptStore { .. } => None,
         }
     }
 }

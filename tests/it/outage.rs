@@ -421,3 +421,37 @@ fn a_holder_that_learns_of_a_higher_term_stops() {
     rounds(&mut toy, 5);
     assert!(!writes(&toy, &leader), "{}", reason(&toy, &leader));
 }
+
+/// No leader sits: a person says whose data are the cluster, with the position before their eyes; anything else is refused.
+#[test]
+fn without_a_leader_a_person_accepts_the_store() {
+    use pgvigil::core::Lsn;
+    use pgvigil::core::records::{Operation, Outcome};
+    use pgvigil::core::timeline::TimelineId;
+    for id in [7, 8] {
+        let mut toy = running(Durability::Sync);
+        let leader = toy.leader().unwrap();
+        let b = others(&leader)[0].clone();
+        for n in ALL {
+            power_off(&mut toy, &name(n));
+        }
+        toy.records = wiped(&toy, id);
+        for n in others(&leader) {
+            toy.member(n.as_str()).restart_agent();
+        }
+        rounds(&mut toy, 150);
+        assert!(toy.primaries().is_empty());
+        let Pg::Standby { timeline, replayed, .. } = toy.members[&b].pg.clone() else { panic!("parked") };
+        assert!(reason(&toy, &b).contains(&format!("accept-store {b} --position {timeline}@{}", Lsn(replayed))));
+        let accept = |position| Operation::AcceptStore { member: b.clone(), timeline: TimelineId(timeline), position };
+        crate::decide::ask(&mut toy, accept(Lsn(replayed + 8)));
+        rounds(&mut toy, 5);
+        assert!(matches!(toy.records.requests["r1"].value.outcome, Some(Outcome::Refused { .. })));
+        assert!(toy.primaries().is_empty());
+        crate::decide::ask(&mut toy, accept(Lsn(replayed)));
+        toy.until("b leads", 50, |t| t.leader().as_ref() == Some(&b));
+        assert!(matches!(toy.records.requests["r1"].value.outcome, Some(Outcome::Done { .. })));
+        toy.member(leader.as_str()).restart_agent();
+        toy.until("the others follow", 300, |t| t.leader().as_ref() == Some(&b) && t.streaming() == 2);
+    }
+}

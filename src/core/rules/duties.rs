@@ -20,7 +20,7 @@ pub fn plan(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFact
     // A deadline that rests on promises was proved for the claim as it stands: whoever changes it waits for a renewal, which
     // the candidates of the next claim see too (protocol §7).
     if let Some(plan) = held_by_promises(facts) {
-        return plan;
+        return turned(facts, mine, primary).unwrap_or(plan);
     }
     doubled(primary)
         .or_else(|| membership(facts, mine))
@@ -38,6 +38,22 @@ fn held_by_promises(facts: &Facts<'_>) -> Option<Plan> {
         "leader.promised",
         format!("{}; nothing is changed in the store {why}", words(promises, facts.now())),
     ))
+}
+
+/// After the records were written again under a new term the standbys come back under new names, and commits wait for them
+/// by these: the same claim, so nothing is published.
+fn turned(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -> Option<Plan> {
+    let term = mine.value.term;
+    let claim = facts.records.sync.value().filter(|claim| claim.term == term && claim.k > 0)?;
+    let to = rule_of(&claim.members, claim.k, term);
+    let followers = claim.members.iter().filter(|id| streams(primary, id, term)).count() as u32;
+    (followers >= claim.k && primary.rule_text != to.to_string()).then(|| {
+        Plan::new(
+            "leader.sync_enforce",
+            format!("{followers} standbys follow under term {term}: putting `{to}` into force"),
+        )
+        .step(Step::Enforce { from: None, to })
+    })
 }
 
 /// How the term is held without renewals, in words.

@@ -10,7 +10,7 @@ use crate::core::records::{
     ClusterInit, Key, LeaderRecord, LeaderState, Membership, SyncClaim, TimelineReservation, Transaction, Write,
 };
 use crate::core::timeline::Term;
-use crate::core::view::{GuardState, LeaseView};
+use crate::core::view::{GuardState, LeaseView, LocalPostgres};
 
 /// Key `leader` was deleted, overwritten with garbage or rolled back in the right store: written again before D.
 pub fn record(facts: &Facts<'_>) -> Plan {
@@ -179,18 +179,24 @@ fn sync_again(facts: &Facts<'_>, transaction: Transaction, term: Term) -> Transa
 }
 
 /// S6: numbers that were reserved stay reserved. What only PostgreSQL's own history knows is taken from there.
-fn timelines_again(facts: &Facts<'_>, mut transaction: Transaction) -> Transaction {
+pub fn timelines_again(facts: &Facts<'_>, mut transaction: Transaction) -> Transaction {
     let mut known = facts.view.memory.durable.lead.as_ref().map(|l| l.timelines.clone()).unwrap_or_default();
-    if let Some(primary) = facts.view.local.postgres.primary() {
-        let mut child = primary.timeline;
-        for entry in primary.history.0.iter().rev() {
+    let own = match &facts.view.local.postgres {
+        LocalPostgres::Primary(primary) => Some((primary.timeline, &primary.history)),
+        LocalPostgres::Standby(standby) => Some((standby.timeline, &standby.history)),
+        LocalPostgres::Down | LocalPostgres::Starting { .. } | LocalPostgres::Unknown { .. } => None,
+    };
+    if let Some((timeline, history)) = own {
+        let mut child = timeline;
+        for entry in history.0.iter().rev() {
             let reservation =
                 TimelineReservation { term: Term::default(), parent: entry.timeline, switch: entry.switch };
             known.entry(child).or_insert(reservation);
             child = entry.timeline;
         }
     }
-    for (number, reservation) in known {
+    // The newest: a transaction has its limits, and nobody is promoted to an old number.
+    for (number, reservation) in known.into_iter().rev().take(64) {
         let unreadable = facts.records.unreadable.contains_key(&format!("timelines/{number}"));
         if !facts.records.timelines.contains_key(&number) && !unreadable {
             transaction = transaction.and(Key::Timeline(number), 0).put(Write::Timeline(number, reservation));

@@ -1,5 +1,6 @@
 //! One situation per file; `decide.rs` holds their order. A rule answers `None` when it has nothing to say.
 
+pub mod accept;
 pub mod bootstrap;
 pub mod duties;
 pub mod electing;

@@ -191,7 +191,7 @@ fn hold(facts: &Facts<'_>, why: String, at: Moment) -> Option<Plan> {
 fn asked_for(facts: &Facts<'_>) -> Option<MemberName> {
     facts.records.requests.values().filter(|r| r.value.outcome.is_none()).find_map(|r| match &r.value.what {
         Operation::Switchover { to } | Operation::Failover { to } => to.clone(),
-        Operation::Restart { .. } | Operation::Reinit { .. } => None,
+        Operation::Restart { .. } | Operation::Reinit { .. } | Operation::AcceptStore { .. } => None,
     })
 }
 
@@ -209,7 +209,7 @@ fn spoke(facts: &Facts<'_>, member: &MemberName) -> bool {
 }
 
 /// Has the member given its word to the sitting leader, by its record or by its agent's last answer?
-fn is_bound(facts: &Facts<'_>, member: &MemberName) -> bool {
+pub fn is_bound(facts: &Facts<'_>, member: &MemberName) -> bool {
     let published = facts.records.members.get(member).is_some_and(|m| m.value.promise.is_some());
     let said = facts.view.peers.get(member).and_then(|peer| peer.answer.as_ref());
     published || said.is_some_and(|heard| matches!(heard.report.promise, Promise::Bound { .. }))

@@ -1,7 +1,7 @@
 //! Who does not know does nothing that cannot be undone, and says what it does not know (S12).
 
 use super::electing::streams;
-use super::{Facts, duties};
+use super::{Facts, accept, duties};
 use crate::core::election::list;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::{Entry, LeaderState};
@@ -78,19 +78,21 @@ pub fn lost(view: &View) -> Option<Plan> {
     let facts = Facts::of(view)?;
     let durable = &view.memory.durable;
     if let Trust::Lost { why } = facts.trust() {
+        if let Some(plan) = accept::asked(&facts) {
+            return Some(plan);
+        }
+        let words = accept::words(&facts);
         let mut plan = Plan::new(
             "store.lost",
-            format!(
-                "the store is lost: {why}; nobody is elected by it; a leader that sits makes it good, without one `pgvigil \
-                 accept-store` does"
-            ),
+            format!("the store is lost: {why}; nobody is elected by it; a leader that sits makes it good; {words}"),
         );
-        if matches!(view.local.data, DataDirectory::Present { .. }) {
-            plan = plan.steps(facts.start_parked());
-        }
+        plan = plan.steps(start(&facts));
         return Some(plan);
     }
-    let refuse = |why: String| Some(Plan::new("store.older", why));
+    let refuse = |why: String| {
+        let said = || Plan::new("store.older", format!("{why}; {}", accept::words(&facts))).steps(start(&facts));
+        Some(accept::asked(&facts).unwrap_or_else(said))
+    };
     let mine = facts.mine().is_some();
     match &facts.records.leader {
         Entry::Present(leader) if leader.value.term < durable.highest_term && !mine => refuse(format!(
@@ -98,16 +100,19 @@ pub fn lost(view: &View) -> Option<Plan> {
             leader.value.term, durable.highest_term
         )),
         Entry::Absent if durable.highest_term.0 > 0 => refuse(format!(
-            "the leader record is gone, this member remembers term {}: waiting for the sitting leader to write it again; if \
-             there is none, `pgvigil accept-store`",
+            "the leader record is gone, this member remembers term {}: waiting for the sitting leader to write it again",
             durable.highest_term
         )),
         Entry::Unreadable { why, .. } => refuse(format!(
-            "the leader record cannot be read ({why}): waiting for the sitting leader to write it again; if there is none, \
-             `pgvigil accept-store`"
+            "the leader record cannot be read ({why}): waiting for the sitting leader to write it again"
         )),
         Entry::Present(_) | Entry::Absent => None,
     }
+}
+
+/// Parked, so that its position is there to be looked at.
+fn start(facts: &Facts<'_>) -> Option<Step> {
+    facts.start_parked().filter(|_| matches!(facts.view.local.data, DataDirectory::Present { .. }))
 }
 
 /// What is here cannot be told.

@@ -180,3 +180,32 @@ async fn an_etcd_restored_from_an_old_backup_costs_no_write() {
     }
     ends_well(cluster, writer).await;
 }
+
+/// Nobody leads and etcd is empty: nothing happens by itself, until a person types what one member shows.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wiped_etcd_without_a_leader_waits_for_a_person() {
+    let (mut cluster, leader, writer) = playing(options()).await;
+    for member in 0..3 {
+        cluster.kill_member(member);
+    }
+    for member in 0..3 {
+        cluster.agent_gone(member, PATIENCE).await.unwrap();
+    }
+    etcd_away(&mut cluster).await;
+    (0..3).for_each(|index| cluster.etcd.wipe_member(index).unwrap());
+    etcd_back(&mut cluster);
+    for member in 0..3 {
+        cluster.start_agent(member).unwrap();
+    }
+    let name = cluster.members[leader].name.clone();
+    let command = format!("`pgvigil accept-store {name} --position ");
+    let said = until_status(&cluster, leader, "where it stands", |s| reason(s).contains(&command)).await;
+    let position = reason(&said).split_once(&command).and_then(|(_, rest)| rest.split_once('`')).unwrap().0.to_owned();
+    assert_eq!(cluster.primary().await, None);
+    let (code, body) = ask(&cluster, &["accept-store", &name, "--position", "1@0/1", "--yes"]).await;
+    assert_eq!(code, 4, "{body}");
+    let (code, body) = ask(&cluster, &["accept-store", &name, "--position", &position, "--yes"]).await;
+    assert_eq!((code, body["state"].as_str()), (0, Some("done")), "{body}");
+    assert_eq!(cluster.healthy(PATIENCE).await.unwrap(), leader);
+    ends_well(cluster, writer).await;
+}
