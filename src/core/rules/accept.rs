@@ -49,7 +49,8 @@ pub fn asked(facts: &Facts<'_>) -> Option<Plan> {
     if let Some(why) = somebody_sits(facts) {
         return refuse(why);
     }
-    if !facts.records.init.value().is_none_or(|init| facts.view.me.system_identifier == Some(init.system_identifier)) {
+    let ours = facts.view.me.system_identifier;
+    if facts.records.init.value().is_some_and(|init| ours != Some(init.system_identifier)) {
         return refuse("the store holds another cluster".to_owned());
     }
     Some(accept(facts, request, standby))
