@@ -1,5 +1,6 @@
 //! The only file that knows every part: builds them, connects them, starts them, and brings them down in order.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -19,12 +20,16 @@ use crate::agent::state_file::StateFile;
 use crate::agent::status::Status;
 use crate::api::{self, Accepted, Api, Refusal};
 use crate::config::Config;
+use crate::core::endpoint::Report;
+use crate::core::route::EndpointPorts;
 use crate::core::view::Me;
 use crate::dcs::etcd::EtcdDcs;
+use crate::endpoint::keeper::{self, Keeper};
+use crate::endpoint::words::Settings;
 use crate::fencing::{GuardianFence, GuardianOptions, SystemClock};
 use crate::peers::HttpPeers;
 use crate::ports::{Clock, Dcs, Fence, Peers as _, Postgres};
-use crate::postgres::LocalServer;
+use crate::postgres::{LocalServer, roles};
 
 /// How long the API may take to finish its answers at the end.
 const API_DRAIN: Duration = Duration::from_secs(2);
@@ -102,13 +107,24 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         status: status.clone(),
         clock: clock.clone(),
     });
-    let api = start_api(&config, listener, status.clone(), asked_tx, answers, clock.clone(), shutdown.clone())?;
+    let (report_tx, report) = watch::channel(None);
+    let api = start_api(&config, listener, status.clone(), report, asked_tx, answers, clock.clone(), shutdown.clone())?;
     let signals = tokio::spawn(signals(wanted_tx));
+    let (report_tx, endpoint_done) = (report_tx, CancellationToken::new());
+    let finish = Arc::new(AtomicBool::new(false));
+    let endpoint =
+        tokio::spawn(keep_endpoint(&config, &fence, status.clone(), report_tx, endpoint_done.clone(), finish.clone()));
     let supervision = tokio::spawn(tell_systemd(status));
     // On a worker thread: those have the priority, this one does not, and neither has what it starts.
     let agent = Agent::new(world, me, config.policy.clone(), asked, wanted, status_tx);
     let end = tokio::spawn(agent.run()).await.context("the decision loop ended by itself")?;
 
+    // On a member whose PostgreSQL is stopped there is nothing to come in to; else clients stay where they are.
+    finish.store(end == End::Stopped, Ordering::SeqCst);
+    endpoint_done.cancel();
+    if let Err(error) = endpoint.await {
+        warn!(%error, "the endpoint's keeper ended by itself");
+    }
     shutdown.cancel();
     signals.abort();
     supervision.abort();
@@ -138,6 +154,12 @@ fn me(config: &Config, state: &StateFile) -> anyhow::Result<Me> {
         configured: config.members.iter().map(|m| m.name.clone()).collect(),
         host: address.host.clone(),
         port: address.port,
+        endpoint: config.endpoint.as_ref().and_then(|endpoint| {
+            Some(EndpointPorts {
+                read_write: endpoint.listen.first()?.port(),
+                read_only: endpoint.listen_read_only.first().map(|listen| listen.port()),
+            })
+        }),
         api_url: format!("http://{}:{}", bracketed(&address.host), address.api_port),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
     })
@@ -153,6 +175,7 @@ fn start_api(
     config: &Config,
     listener: TcpListener,
     status: watch::Receiver<Option<Arc<Status>>>,
+    endpoint: watch::Receiver<Option<Report>>,
     asked: mpsc::Sender<Asked>,
     answers: Arc<Answers>,
     clock: Arc<dyn Clock>,
@@ -163,6 +186,7 @@ fn start_api(
         config: config.api.clone(),
         cluster: config.cluster.clone(),
         status,
+        endpoint,
         requests: requests_tx,
         answers,
         clock,
@@ -176,6 +200,7 @@ fn start_api(
                 what: request.what,
                 asked_by: request.asked_by,
                 timeout: request.timeout,
+                force: request.force,
                 answer: answer_tx,
             };
             if asked.send(passed).await.is_err() {
@@ -209,6 +234,51 @@ fn start_api(
             });
         })
         .context("start the API's thread")
+}
+
+/// Starts, adopts and tells the endpoint; where none is configured, ends one that was left behind.
+fn keep_endpoint(
+    config: &Config,
+    fence: &Arc<GuardianFence>,
+    status: watch::Receiver<Option<Arc<Status>>>,
+    report: watch::Sender<Option<Report>>,
+    end: CancellationToken,
+    finish: Arc<AtomicBool>,
+) -> impl Future<Output = ()> + Send + 'static {
+    let socket = config.endpoint_socket();
+    let fence = fence.clone();
+    let keeper = config.endpoint.clone().map(|endpoint| Keeper {
+        socket: socket.clone(),
+        settings: Settings {
+            member: config.name.clone(),
+            endpoint,
+            socket_dir: config.postgresql.socket_dir.clone(),
+            port: config.postgresql.port,
+            role: roles::AGENT.to_owned(),
+            password: config.postgresql.internal_password.expose().to_owned(),
+            reserved_roles: [roles::AGENT, roles::REPLICATION, roles::REWIND].map(str::to_owned).to_vec(),
+            capacity: client_places(config),
+            members: config.members.iter().map(|member| member.host.clone()).collect(),
+        },
+        log: config.log.clone(),
+        status,
+        page: Arc::new(move || fence.page_file()),
+        report,
+    });
+    async move {
+        match keeper {
+            Some(keeper) => keeper.run(end, finish).await,
+            None => keeper::dismiss(&socket).await,
+        }
+    }
+}
+
+/// What PostgreSQL's default leaves for clients: superusers' reserve, and the agent's own connections with the barrier's.
+fn client_places(config: &Config) -> usize {
+    const RESERVED: usize = 3 + 5;
+    let all =
+        config.postgresql.parameters.get("max_connections").and_then(|text| text.parse().ok()).unwrap_or(100_usize);
+    all.saturating_sub(RESERVED).max(1)
 }
 
 /// SIGTERM and SIGINT stop orderly; SIGUSR1 ends the agent and leaves PostgreSQL under the guardian.

@@ -9,6 +9,7 @@ pub mod config;
 pub mod core;
 pub mod dcs;
 pub mod demo;
+pub mod endpoint;
 pub mod fencing;
 pub mod guardian;
 pub mod peers;

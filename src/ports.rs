@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::core::names::MemberName;
 use crate::core::peers::{Answer, Question, Tried};
 use crate::core::plan::{Follow, PromoteOrder, SyncRule};
-use crate::core::records::{ClusterRecords, Position, Transaction};
+use crate::core::records::{ClusterRecords, KeptWal, Position, Transaction};
 use crate::core::timeline::{History, Term, TimelineId};
 use crate::core::view::{DataDirectory, Guard, LocalPostgres};
 use crate::core::{Lsn, Moment};
@@ -115,6 +115,11 @@ pub trait Postgres: Send + Sync {
     /// What is in the data directory. Reads small files only.
     async fn data_directory(&self) -> DataDirectory;
 
+    /// What earlier rewinds kept of WAL that only this member had.
+    async fn kept(&self) -> Vec<KeptWal> {
+        Vec::new()
+    }
+
     /// Writes configuration, `standby.signal` and hba for the given start, removes planted history files that were not
     /// used, checks that nothing would end recovery by itself, and says what the guardian has to start.
     async fn prepare_start(&self, mode: &StartMode) -> Result<Launch, PostgresError>;
@@ -203,6 +208,10 @@ pub struct Killed {
 pub trait DeadlinePage: Send + Sync {
     /// F for the armed term. Only grows; the guardian ignores values beyond now + T_h.
     fn extend(&self, term: Term, deadline: Moment);
+    /// The gate passes nothing from `at` on, until a later word of the same term. Fakes without a gate leave it.
+    fn hold_from(&self, _term: Term, _at: Moment) {}
+    /// The gate passes nothing of this term or an older one any more, from before its next write to a client on.
+    fn shut(&self, _term: Term) {}
     /// When the guardian last said that it is alive.
     fn guardian_alive_at(&self) -> Moment;
 }

@@ -125,6 +125,7 @@ impl World {
                 self.tell_keeper();
             }
             Step::Kill => {
+                self.shut_gate();
                 let killed = self.fence.kill(KILL_DEADLINE).await?;
                 if !killed.was_down {
                     info!(survivors = killed.survivors, "postgresql killed");
@@ -196,6 +197,13 @@ impl World {
         self.state().stand(term, now).map_err(|denied| StepError::Other(format!("stand for term {term}: {denied}")))
     }
 
+    /// Before the kill, and before anybody else may be told that this term is over: nothing more reaches a client (S4).
+    pub fn shut_gate(&self) {
+        if let (Some(term), Some(page)) = (self.keeper.view().term(), self.fence.page()) {
+            page.shut(term);
+        }
+    }
+
     /// The guardian kills at F of `term` from now on; only for a lease that is held.
     pub async fn arm(&self, term: Term) -> Result<(), StepError> {
         match self.keeper.view() {
@@ -216,6 +224,10 @@ impl World {
         }
         self.stand(&transaction)?;
         let at = self.clock.now();
+        let gives_up = |write: &Write| matches!(write, Write::Leader(l) if l.holder == self.state().id() && !keeps_lease(&l.state));
+        if transaction.write.iter().any(gives_up) {
+            self.shut_gate();
+        }
         let writes_sync = transaction.write.iter().any(|w| matches!(w, Write::Sync(_)));
         match self.dcs.commit(&transaction, STORE_DEADLINE).await {
             Ok(revision) => {

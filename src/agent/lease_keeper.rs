@@ -198,6 +198,8 @@ impl Shared {
             && let Some(page) = lock(&self.page).as_ref()
         {
             page.extend(term, self.timings.kill_at(since));
+            // What may be served moves on with the same word, renewal or promise.
+            page.hold_from(term, self.timings.hold_at(since));
             held.told = Some((term, since));
         }
         self.lease.send_if_modified(|present| {

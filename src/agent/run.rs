@@ -17,7 +17,7 @@ use super::peer_watch::Introduction;
 use super::status::{Counters, Decision, Status};
 use crate::core::decide::decide;
 use crate::core::plan::{Plan, Step};
-use crate::core::records::{Key, LeaderState, Operation, Request, Transaction, Write};
+use crate::core::records::{Force, Key, LeaderState, Operation, Request, Transaction, Write};
 use crate::core::view::{GuardState, JobKind, LeaseView, Local, LocalPostgres, Me, Memory, Policy, Store, View};
 use crate::core::{Moment, lint, silence};
 use crate::ports::DcsError;
@@ -37,6 +37,7 @@ pub struct Asked {
     pub what: Operation,
     pub asked_by: String,
     pub timeout: Duration,
+    pub force: Option<Force>,
     pub answer: tokio::sync::oneshot::Sender<Result<Taken, NotTaken>>,
 }
 
@@ -167,10 +168,11 @@ impl Agent {
         self.world.keeper.loop_is_alive(self.world.clock.now());
         self.take_job_result();
         let guard = self.attached_guard().await;
-        let (store, postgres, data) = tokio::join!(
+        let (store, postgres, data, kept) = tokio::join!(
             self.world.dcs.read(STORE_DEADLINE),
             self.world.postgres.observe(&guard, SQL_DEADLINE),
             self.world.postgres.data_directory(),
+            self.world.postgres.kept(),
         );
         let now = self.world.clock.now();
         self.world.keeper.loop_is_alive(now);
@@ -190,7 +192,7 @@ impl Agent {
         }
         self.world.keeper.flushed(postgres.primary().map(|p| p.flushed));
         let postgres_is_standby = postgres.standby().is_some();
-        let local = Local { observed_at: now, data, postgres, guard };
+        let local = Local { observed_at: now, data, postgres, guard, kept };
         // Not while a job may be about to stop it: a rewind has set the mark and not begun yet.
         if postgres_is_standby
             && self.job.is_none()
@@ -427,7 +429,10 @@ impl Agent {
         if let Some(known) = records.requests.get(&asked.id) {
             return if known.value.what == asked.what { Ok(Taken::Known) } else { Err(NotTaken::IdInUse) };
         }
-        let began = asked.what.begun_when_asked(records.leader());
+        // A leader that is missed is as good as none: whoever comes after it has fulfilled the request.
+        let silent = view.memory.silence.map(|silence| view.now.since(silence.first_seen)).unwrap_or_default();
+        let missed = silent >= self.policy.timings.heartbeat * 2;
+        let began = asked.what.begun_when_asked(records.leader(), missed || asked.force.is_some());
         let request = Request {
             id: asked.id.clone(),
             what: asked.what.clone(),
@@ -436,6 +441,7 @@ impl Agent {
             timeout_ms: asked.timeout.as_millis() as u64,
             began,
             outcome: None,
+            force: asked.force.clone(),
         };
         let transaction = Transaction::when(Key::Request(asked.id.clone()), 0).put(Write::Request(request));
         match self.world.dcs.commit(&transaction, STORE_DEADLINE).await {

@@ -15,6 +15,7 @@ use super::{App, health, millis};
 use crate::agent::status::Decision;
 use crate::core::health::{Query as Conditions, judge};
 use crate::core::names::MemberName;
+use crate::core::outlook::{Outlook, outlook};
 use crate::core::plan::{Plan, Step};
 
 #[derive(Debug, Deserialize)]
@@ -70,6 +71,8 @@ struct Explanation<'a> {
     rejected: &'a BTreeMap<MemberName, String>,
     steps: &'a [Step],
     wake_in_ms: Option<u64>,
+    /// Why there is no failover now, and what would come of one.
+    failover: Outlook,
     /// What each health check answers now, and why.
     checks: BTreeMap<&'static str, Answer>,
 }
@@ -94,6 +97,7 @@ pub(super) async fn explain(State(app): State<Arc<App>>) -> Result<Response, Api
         rejected: &plan.rejected,
         steps: &plan.steps,
         wake_in_ms: wake_in_ms(plan, now),
+        failover: outlook(view),
         checks: health::PATHS.iter().map(|(path, check)| (*path, answer(*check))).collect(),
     };
     Ok(Json(explanation).into_response())

@@ -10,7 +10,7 @@ use super::millis;
 use crate::core::health::{leader_position, sitting_leader};
 use crate::core::names::{MemberId, MemberName};
 use crate::core::plan::parse_walreceiver_name;
-use crate::core::records::{ClusterRecords, JobProgress, LeaderState, MemberRecord, Role, SyncClaim, Tags};
+use crate::core::records::{ClusterRecords, JobProgress, KeptWal, LeaderState, MemberRecord, Role, SyncClaim, Tags};
 use crate::core::view::{LocalPostgres, Store, View};
 use crate::core::{Lsn, Moment, TimelineId};
 
@@ -58,6 +58,8 @@ pub(super) struct Member {
     pub agent_version: Option<String>,
     pub pending_restart: bool,
     pub job: Option<JobProgress>,
+    /// WAL that only this member had when it was brought back onto the leader's line.
+    pub kept: Vec<KeptWal>,
     pub rule: Option<String>,
     pub reason: Option<String>,
     /// Since it last published something new, as seen from here.
@@ -102,6 +104,7 @@ pub(super) fn members(view: &View, last: Option<&View>, now: Moment) -> Vec<Memb
             agent_version: record.map(|r| r.agent_version.clone()),
             pending_restart: record.is_some_and(|r| r.pending_restart),
             job: record.and_then(|r| r.job.clone()),
+            kept: record.map(|r| r.kept.clone()).unwrap_or_default(),
             rule: record.map(|r| r.rule.clone()),
             reason: record.map(|r| r.reason.clone()),
             seen_ms_ago: seen.map(millis),

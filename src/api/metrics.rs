@@ -19,6 +19,7 @@ use super::members::{Member, Standing, SyncStanding, members};
 use super::overview::wanted_k;
 use super::{App, node};
 use crate::agent::status::{Counters, Status};
+use crate::core::endpoint::Report;
 use crate::core::health::{Check, Query, judge, leader_position};
 use crate::core::view::{GuardState, LeaseView, LocalPostgres, Receiver, View};
 use crate::core::{Lsn, Moment};
@@ -56,6 +57,7 @@ struct Scrape {
     now: Moment,
     cluster: String,
     connections: super::server::Numbers,
+    endpoint: Option<Report>,
 }
 
 impl Scrape {
@@ -70,6 +72,10 @@ impl Scrape {
 
     fn counter(&self, read: fn(&Counters) -> u64) -> Vec<Sample> {
         number(self.status.as_ref().map(|status| read(&status.counters) as f64))
+    }
+
+    fn at_endpoint(&self, read: fn(&Report) -> u64) -> Vec<Sample> {
+        number(self.endpoint.as_ref().map(|report| read(report) as f64))
     }
 
     fn per_member(&self, read: impl Fn(&Member) -> Option<f64>) -> Vec<Sample> {
@@ -130,6 +136,20 @@ const METRICS: &[Metric] = &[
     gauge("pending_restart", "1: settings wait for a restart of PostgreSQL", |s| number(pending_restart(s.view()))),
     gauge("job_running", "1 while a job (clone, rewind, promotion, …) runs", |s| number(s.view().map(|v| flag(v.job.as_ref().is_some_and(|j| j.result.is_none()))))),
 
+    // --- endpoint ---
+    gauge("endpoint_up", "1: the endpoint here answers its agent", |s| number(Some(flag(s.endpoint.is_some())))),
+    gauge("endpoint_connections", "Connections to the endpoint, also those that wait", |s| s.at_endpoint(|e| e.connections)),
+    gauge("endpoint_waiting", "Connections that wait for a primary or for a place", |s| s.at_endpoint(|e| e.waiting)),
+    gauge("endpoint_sessions", "Sessions of the port for writers", |s| s.at_endpoint(|e| e.sessions)),
+    gauge("endpoint_readers", "Sessions of the port for readers", |s| s.at_endpoint(|e| e.readers)),
+    gauge("endpoint_synchronous_commit_named", "Sessions that have named synchronous_commit in their SQL", |s| s.at_endpoint(|e| e.setting_named)),
+    counter("endpoint_accepted", "Connections accepted", |s| s.at_endpoint(|e| e.accepted)),
+    counter("endpoint_refused", "Connections refused", |s| s.at_endpoint(|e| e.refused)),
+    counter("endpoint_cancels", "Cancel requests", |s| s.at_endpoint(|e| e.cancels)),
+    counter("endpoint_answers_held", "Answers that waited for a barrier because a commit was in doubt", |s| s.at_endpoint(|e| e.doubtful)),
+    counter("endpoint_outcomes_unknown", "Sessions that were told 08007", |s| s.at_endpoint(|e| e.unknown)),
+    counter("endpoint_sessions_cut", "Sessions ended because the gate was shut", |s| s.at_endpoint(|e| e.cut)),
+
     // --- lease and fence ---
     gauge("term", "Highest term that this member has seen", |s| number(s.view().map(|v| v.memory.durable.highest_term.0 as f64))),
     gauge("held_by_promises", "Leader: 1 while the term is held by promises of other members, because etcd is away", |s| number(held_by_promises(s))),
@@ -178,8 +198,14 @@ pub(super) async fn get(State(app): State<Arc<App>>) -> Response {
     let last = app.last_reading();
     let now = app.now();
     let members = status.as_ref().map(|status| members(&status.view, last.as_deref(), now)).unwrap_or_default();
-    let scrape =
-        Scrape { status, members, now, cluster: app.cluster.to_string(), connections: app.connections.numbers() };
+    let scrape = Scrape {
+        status,
+        members,
+        now,
+        cluster: app.cluster.to_string(),
+        connections: app.connections.numbers(),
+        endpoint: app.endpoint(),
+    };
     match text(scrape) {
         Ok(text) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response(),
         Err(why) => {
@@ -345,7 +371,15 @@ mod tests {
     fn scrape(view: View) -> String {
         let members = members(&view, None, NOW);
         let status = Some(published(view, idle()));
-        text(Scrape { status, members, now: NOW, cluster: "maas".to_owned(), connections: Default::default() }).unwrap()
+        text(Scrape {
+            status,
+            members,
+            now: NOW,
+            cluster: "maas".to_owned(),
+            connections: Default::default(),
+            endpoint: None,
+        })
+        .unwrap()
     }
 
     #[test]
@@ -377,6 +411,7 @@ mod tests {
             now: NOW,
             cluster: "maas".to_owned(),
             connections: Default::default(),
+            endpoint: None,
         });
         assert!(text.unwrap().contains("pgvigil_build_info"));
     }

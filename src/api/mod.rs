@@ -12,6 +12,7 @@
 mod auth;
 mod cluster;
 mod decisions;
+mod endpoint;
 mod error;
 mod health;
 mod members;
@@ -36,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::status::Status;
 use crate::config::{ApiConfig, Secret};
+use crate::core::endpoint::Report;
 use crate::core::view::View;
 use crate::core::{ClusterName, Moment};
 use crate::ports::{Answering, Clock};
@@ -51,6 +53,8 @@ pub struct Api {
     pub cluster: ClusterName,
     /// `None` until the agent's first round has ended.
     pub status: watch::Receiver<Option<Arc<Status>>>,
+    /// What the endpoint said of itself last; `None`: there is none, or it does not answer.
+    pub endpoint: watch::Receiver<Option<Report>>,
     pub requests: mpsc::Sender<ApiRequest>,
     /// What the other agents are told.
     pub answers: Arc<dyn Answering>,
@@ -64,6 +68,7 @@ pub(crate) struct App {
     /// Longest time that a request's body may take.
     body_timeout: Duration,
     status: watch::Receiver<Option<Arc<Status>>>,
+    endpoint: watch::Receiver<Option<Report>>,
     /// The last view in which the store was readable: shown while it is not, never used to judge.
     last_reading: watch::Receiver<Option<Arc<View>>>,
     requests: mpsc::Sender<ApiRequest>,
@@ -83,6 +88,10 @@ impl App {
 
     fn status(&self) -> Option<Arc<Status>> {
         self.status.borrow().clone()
+    }
+
+    fn endpoint(&self) -> Option<Report> {
+        self.endpoint.borrow().clone()
     }
 
     fn last_reading(&self) -> Option<Arc<View>> {

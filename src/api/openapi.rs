@@ -102,7 +102,11 @@ fn body(route: &Route) -> Value {
             "force" | "from_leader" | "restart_pending" => "boolean",
             _ => "string",
         };
-        properties.insert(bare.to_owned(), json!({"type": of_type, "description": text}));
+        let property = match bare {
+            "off" => json!({"type": "array", "items": {"type": "string"}, "description": text}),
+            _ => json!({"type": of_type, "description": text}),
+        };
+        properties.insert(bare.to_owned(), property);
     }
     json!({"type": "object", "properties": properties, "required": required})
 }

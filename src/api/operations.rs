@@ -1,5 +1,6 @@
 //! `/v1`: what operators ask for. Each answers 202 with the request's id as soon as it stands in the store.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +17,9 @@ use super::auth::Peer;
 use super::error::ApiError;
 use super::requests::{self, Report};
 use crate::core::Lsn;
+use crate::core::health::sitting_leader;
 use crate::core::names::MemberName;
-use crate::core::records::Operation;
+use crate::core::records::{Force, Operation};
 use crate::core::timeline::TimelineId;
 use crate::core::view::View;
 
@@ -36,6 +38,20 @@ struct Change {
     to: Option<MemberName>,
     request_id: Option<String>,
     timeout_ms: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Failover {
+    to: Option<MemberName>,
+    request_id: Option<String>,
+    timeout_ms: Option<u64>,
+    /// Past what the store claims: the caller has seen what is lost.
+    #[serde(default)]
+    force: bool,
+    /// Members whose hosts are off, by the caller's word.
+    #[serde(default)]
+    off: BTreeSet<MemberName>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -63,8 +79,36 @@ pub(super) async fn switchover(State(app): State<Arc<App>>, request: Request) ->
 
 pub(super) async fn failover(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let caller = caller(&request);
-    let body: Change = read_body(&app, request).await?;
-    change(&app, caller, body, |to| Operation::Failover { to }).await
+    let body: Failover = read_body(&app, request).await?;
+    let status = app.status().ok_or_else(ApiError::starting)?;
+    for member in body.to.iter().chain(&body.off) {
+        require_member(&status.view, member)?;
+    }
+    let force = if body.force { Some(force(&app, &status.view, body.off)?) } else { None };
+    let what = Operation::Failover { to: body.to };
+    let timeout = timeout(body.timeout_ms, default_timeout(&what, &status.view))?;
+    accepted(requests::submit_forced(&app, what, body.request_id, timeout, caller, force).await?)
+}
+
+/// Good for the vacancy that the caller sees; there is nothing to be forced past a leader that speaks.
+fn force(app: &App, view: &View, off: BTreeSet<MemberName>) -> Result<Force, ApiError> {
+    let silent = view.memory.silence.map(|silence| app.now().since(silence.first_seen));
+    let speaks = silent.is_none_or(|silent| silent < view.policy.timings.heartbeat * 2);
+    if let Some(leader) = sitting_leader(view, app.now()).filter(|leader| speaks || leader.holder == view.me.id) {
+        return Err(ApiError::new(
+            StatusCode::PRECONDITION_FAILED,
+            format!("{} leads and speaks: nothing is forced past it", leader.holder.name),
+            "use switchover, or stop that member first",
+        ));
+    }
+    let leader = view.store.records().and_then(|r| r.leader()).ok_or_else(|| {
+        ApiError::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the store, or its leader record, cannot be read: what would be forced is not known",
+            "GET /v1/explain says more",
+        )
+    })?;
+    Ok(Force { last_term: leader.last.as_ref().map(|last| last.term).unwrap_or_default(), off })
 }
 
 pub(super) async fn restart(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {

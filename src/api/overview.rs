@@ -16,6 +16,7 @@ use super::{App, decisions, millis, node};
 use crate::agent::status::{Counters, Status};
 use crate::core::health::{leader_position, seconds, sitting_leader};
 use crate::core::names::MemberName;
+use crate::core::outlook::outlook;
 use crate::core::plan::parse_walreceiver_name;
 use crate::core::records::{ClusterRecords, Durability, LeaderState, SyncClaim};
 use crate::core::rules::duties::words;
@@ -411,6 +412,12 @@ fn warnings(
     }
     if leader.state != "held" {
         warnings.push(leader.message.clone());
+        if !matches!(leader.state, "electing" | "unknown") {
+            // L6: whom it waits for, and what a person can do about it.
+            let outlook = outlook(view);
+            warnings.push(outlook.says);
+            warnings.extend(outlook.forced.map(|forced| forced.says));
+        }
     }
     if durability.degraded || durability.stalled {
         warnings.push(durability.message.clone());
@@ -432,6 +439,13 @@ fn warnings(
                 warnings.push(format!("{} says that it is read-write, but does not lead", member.name));
             }
             (false, _) => {}
+        }
+        for kept in member.kept.iter().filter(|kept| kept.transactions > 0) {
+            warnings.push(format!(
+                "{} had {} transactions that the cluster went on without (timeline {} after {}): listed and kept in {}; remove \
+                 that directory when nothing in it is needed",
+                member.name, kept.transactions, kept.timeline, kept.left_at, kept.directory
+            ));
         }
     }
     warnings.extend(local_warnings(view));

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::App;
 use super::error::ApiError;
-use crate::core::records::{Operation, Outcome, Request};
+use crate::core::records::{Force, Operation, Outcome, Request};
 
 /// Longest wait for the agent's answer: it may be in the middle of a round with a slow store.
 const AGENT_ANSWERS_WITHIN: Duration = Duration::from_secs(10);
@@ -31,6 +31,8 @@ pub struct ApiRequest {
     pub id: String,
     /// How long the operation may take before everything is put back.
     pub timeout: Duration,
+    /// A failover that a person forces past what the store claims.
+    pub force: Option<Force>,
     pub answer: oneshot::Sender<Result<Accepted, Refusal>>,
 }
 
@@ -143,6 +145,17 @@ pub(super) async fn submit(
     timeout: Duration,
     asked_by: String,
 ) -> Result<Report, ApiError> {
+    submit_forced(app, what, id, timeout, asked_by, None).await
+}
+
+pub(super) async fn submit_forced(
+    app: &App,
+    what: Operation,
+    id: Option<String>,
+    timeout: Duration,
+    asked_by: String,
+    force: Option<Force>,
+) -> Result<Report, ApiError> {
     let id = match id {
         Some(id) => valid_id(id)?,
         None => new_id()?,
@@ -151,7 +164,7 @@ pub(super) async fn submit(
         return if known.what == what { Ok(known) } else { Err(taken(&id)) };
     }
     let (answer, answered) = oneshot::channel();
-    let request = ApiRequest { what: what.clone(), asked_by, id: id.clone(), timeout, answer };
+    let request = ApiRequest { what: what.clone(), asked_by, id: id.clone(), timeout, force, answer };
     app.requests.try_send(request).map_err(|refused| match refused {
         mpsc::error::TrySendError::Full(_) => unavailable(&id, "the agent has too many requests before it"),
         mpsc::error::TrySendError::Closed(_) => unavailable(&id, "the agent is stopping"),

@@ -9,7 +9,9 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodFilter, MethodRouter, on};
 
 use super::error::ApiError;
-use super::{App, auth, cluster, decisions, health, metrics, node, openapi, operations, overview, patroni, peer};
+use super::{
+    App, auth, cluster, decisions, endpoint, health, metrics, node, openapi, operations, overview, patroni, peer,
+};
 use crate::core::peers;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +109,13 @@ const ASK: Route = Route {
 };
 const CHANGE_BODY: &[(&str, &str)] = &[
     ("to", "the member that shall lead; the best standby unless named"),
+    ("request_id", "the same id twice is the same request; one is made up unless given"),
+    ("timeout_ms", "after so long everything is put back"),
+];
+const FAILOVER_BODY: &[(&str, &str)] = &[
+    ("to", "the member that shall lead; the best standby unless named"),
+    ("force", "past what the store claims: the caller has seen in /v1/explain what is lost"),
+    ("off", "with force: members whose hosts are off by the caller's word, so that nobody waits for their lease"),
     ("request_id", "the same id twice is the same request; one is made up unless given"),
     ("timeout_ms", "after so long everything is put back"),
 ];
@@ -219,6 +228,12 @@ pub const ROUTES: &[Route] = &[
         ..GET
     },
     Route {
+        path: "/v1/endpoint",
+        summary: "where clients go now, who takes readers, and how the endpoint here is",
+        handler: |m| on(m, endpoint::get),
+        ..GET
+    },
+    Route {
         path: "/v1/decisions",
         summary: "the last changes of decision, oldest first",
         query: &[("full", "true: with views and plans"), ("limit", "the newest so many")],
@@ -241,7 +256,7 @@ pub const ROUTES: &[Route] = &[
     Route {
         path: "/v1/failover",
         summary: "elects a new leader although the old one may not be there",
-        body: CHANGE_BODY,
+        body: FAILOVER_BODY,
         handler: |m| on(m, operations::failover),
         ..ASK
     },

@@ -55,6 +55,7 @@ pub async fn serve(api: Api, listener: TcpListener, shutdown: CancellationToken)
         token: api.config.token,
         body_timeout: api.config.header_timeout,
         status: api.status,
+        endpoint: api.endpoint,
         last_reading,
         requests: api.requests,
         answers: api.answers,

@@ -1,6 +1,7 @@
 //! `pgvigil demo`: a cluster on this machine. Live, with keys; or `--once`, a script with a table; or an order for a demo
 //! that runs in another terminal.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use comfy_table::{Table, presets};
 use super::{Exit, Failure, say};
 use crate::demo::figures::{Figure, measure};
 use crate::demo::scenarios::{Outcome, Report, Scenario, Stage};
-use crate::demo::{Cluster, DemoError, Options, control, live};
+use crate::demo::{Cluster, DemoError, Options, control, live, probe};
 
 #[derive(clap::Args)]
 pub struct Arguments {
@@ -44,6 +45,9 @@ pub struct Arguments {
     /// Block device with an empty file system, for `freeze`
     #[arg(long, hide = true, value_name = "DEVICE", requires = "figures", required_if_eq("figures", "freeze"))]
     disk: Option<PathBuf>,
+    /// For scripts/compare: only the writers, against these servers (`name=address:port`), steered over standard input
+    #[arg(long, hide = true, value_name = "SERVER", conflicts_with_all = ["once", "order", "figures"], value_parser = server)]
+    probe: Vec<(String, SocketAddr)>,
     /// Order for a demo that runs in another terminal: `kill primary`, `switchover`, `help`, …
     #[arg(value_name = "ORDER")]
     order: Vec<String>,
@@ -70,11 +74,21 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Failure> {
     if let Some(kind) = &arguments.figures {
         return runtime.block_on(figures(kind, arguments, options));
     }
+    if !arguments.probe.is_empty() {
+        runtime.block_on(probe::run(arguments.probe.clone()))?;
+        return Ok(Exit::Ok);
+    }
     if arguments.once {
         return runtime.block_on(once(arguments, options));
     }
     runtime.block_on(live::run(options))?;
     Ok(Exit::Ok)
+}
+
+fn server(text: &str) -> Result<(String, SocketAddr), String> {
+    let wrong = || format!("`{text}` is not name=address:port");
+    let (name, at) = text.split_once('=').ok_or_else(wrong)?;
+    Ok((name.to_owned(), at.parse().map_err(|_| wrong())?))
 }
 
 impl From<DemoError> for Failure {

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::{Exit, Failure, Global, say};
 use crate::client::ClientError;
 use crate::core::decide::decide;
+use crate::core::outlook::{Outlook, outlook};
 use crate::core::plan::Plan;
 use crate::core::view::View;
 
@@ -70,6 +71,8 @@ fn replay(file: &std::path::Path) -> Result<Value, Failure> {
     let mut answer =
         serde_json::to_value(&plan).map_err(|error| Failure::failed(format!("show the plan: {error}"), ""))?;
     answer["member"] = Value::String(view.me.id.name.to_string());
+    answer["failover"] = serde_json::to_value(outlook(&view))
+        .map_err(|error| Failure::failed(format!("show the outlook: {error}"), ""))?;
     if let Some(then) = decision.get("plan").and_then(|then| Plan::deserialize(then).ok()) {
         answer["as_decided_then"] = Value::Bool(then == plan);
     }
@@ -99,6 +102,12 @@ fn sentences(answer: &Value) -> String {
             .collect();
         lines.push_str(format!("  does {name} {}", details.join(", ")).trim_end());
         lines.push('\n');
+    }
+    // Agents of another version may leave it out.
+    if let Some(Ok(outlook)) = answer.get("failover").map(Outlook::deserialize) {
+        for line in outlook.lines().lines() {
+            lines.push_str(&format!("  {line}\n"));
+        }
     }
     lines
 }

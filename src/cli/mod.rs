@@ -5,6 +5,7 @@ mod completions;
 mod config;
 mod contact;
 mod demo;
+mod endpoint;
 mod exit;
 mod explain;
 mod operation;
@@ -70,6 +71,11 @@ struct Asking<A: Args> {
 enum Command {
     /// Run the agent of one member, beside its PostgreSQL
     Agent(agent::Arguments),
+    /// Pass clients of this host on to the primary, wherever it is (for hosts without PostgreSQL)
+    Router(endpoint::Router),
+    /// Serve clients beside an agent, which starts this itself
+    #[command(hide = true)]
+    Endpoint(endpoint::Arguments),
     /// Show members, roles, lag and what each of them waits for
     Status(Asking<status::Arguments>),
     /// Hand the leadership over, without losing or failing a transaction
@@ -112,9 +118,11 @@ pub fn main() -> ExitCode {
 fn run(command: &Command) -> Result<Exit, Failure> {
     match command {
         Command::Agent(arguments) => agent::run(arguments),
+        Command::Router(arguments) => endpoint::route(arguments),
+        Command::Endpoint(arguments) => endpoint::run(arguments),
         Command::Status(asked) => status::run(&asked.global, &asked.own),
         Command::Switchover(asked) => operation::run(&asked.global, &asked.own.order()),
-        Command::Failover(asked) => operation::run(&asked.global, &asked.own.order()?),
+        Command::Failover(asked) => operation::run(&asked.global, &asked.own.order(&asked.global)?),
         Command::Restart(asked) => operation::run(&asked.global, &asked.own.order(&asked.global)?),
         Command::Reinit(asked) => operation::run(&asked.global, &asked.own.order()?),
         Command::AcceptStore(asked) => operation::run(&asked.global, &asked.own.order()?),
@@ -137,7 +145,11 @@ impl Command {
             Command::AcceptStore(asked) => asked.global.json,
             Command::Explain(asked) => asked.global.json,
             Command::Config(config::Command::Check(arguments)) => arguments.json,
-            Command::Agent(_) | Command::Demo(_) | Command::Completions(_) => false,
+            Command::Agent(_)
+            | Command::Router(_)
+            | Command::Endpoint(_)
+            | Command::Demo(_)
+            | Command::Completions(_) => false,
         }
     }
 }

@@ -4,12 +4,14 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Exit, Failure, Global, say};
 use crate::client::{Answer, Client};
 use crate::config::Config;
 use crate::core::MemberName;
+use crate::core::outlook::Outlook;
 
 /// The agent answers a look at the outcome when there is one, or after so long; below the client's own deadline.
 const LOOK: Duration = Duration::from_secs(2);
@@ -40,6 +42,12 @@ pub struct Failover {
     /// Member that becomes the leader (default: the best standby)
     #[arg(long, value_name = "MEMBER")]
     to: Option<MemberName>,
+    /// Go past what the store claims, and lose what the members that are missing alone have: after looking at the loss
+    #[arg(long)]
+    force: bool,
+    /// With --force: the host of this member is off (name it again for more); its lease is not waited for
+    #[arg(long, value_name = "MEMBER", requires = "force")]
+    off: Vec<MemberName>,
     /// Do not ask
     #[arg(long, short)]
     yes: bool,
@@ -93,9 +101,28 @@ impl Switchover {
 }
 
 impl Failover {
-    pub fn order(&self) -> Result<Order<'_>, Failure> {
-        confirm(self.yes, "Elect a new leader now? Prefer `switchover` where the leader is alive.")?;
-        Ok(Order { path: "/v1/failover", body: json!({ "to": self.to }), waiting: &self.waiting })
+    pub fn order(&self, global: &Global) -> Result<Order<'_>, Failure> {
+        if self.force {
+            // The loss comes before the question, on a script's error output too.
+            let outlook = outlook(global)?;
+            eprint!("{}", outlook.lines());
+            let question = match &outlook.forced {
+                Some(forced) => {
+                    format!("Make {} the leader, and lose that?", self.to.as_ref().unwrap_or(&forced.winner))
+                }
+                None => {
+                    "Nothing has to be forced, or nobody is there to be forced. Ask for it all the same?".to_owned()
+                }
+            };
+            confirm(self.yes, &question)?;
+        } else {
+            confirm(self.yes, "Elect a new leader now? Prefer `switchover` where the leader is alive.")?;
+        }
+        let mut body = json!({ "to": self.to });
+        if self.force {
+            (body["force"], body["off"]) = (json!(true), json!(self.off));
+        }
+        Ok(Order { path: "/v1/failover", body, waiting: &self.waiting })
     }
 }
 
@@ -190,6 +217,15 @@ fn finish(global: &Global, report: &Value) -> Option<Result<Exit, Failure>> {
 
 fn show(global: &Global, body: &Value, text: &str) {
     if global.json { say(format_args!("{body:#}\n")) } else { say(format_args!("{text}\n")) }
+}
+
+/// What the first member that answers expects of a change of leader.
+fn outlook(global: &Global) -> Result<Outlook, Failure> {
+    let client = super::contact::client(global)?;
+    let answer = super::runtime()?.block_on(async { client.get("/v1/explain").await.and_then(Answer::success) })?;
+    Outlook::deserialize(answer.get("failover").unwrap_or(&Value::Null)).map_err(|error| {
+        Failure::failed(format!("read what would be lost: {error}"), "is the agent of another version?")
+    })
 }
 
 fn confirm(yes: bool, question: &str) -> Result<(), Failure> {

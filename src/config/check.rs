@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use super::error::{Source, nearest};
 use super::raw;
-use super::units::{Span, show_duration};
+use super::units::{Size, Span, show_duration};
 use super::{
-    ApiConfig, Config, ConfigError, Contact, Environment, EtcdConfig, GuardianConfig, LogConfig, MemberAddress,
-    PostgresConfig, keys, secrets,
+    ApiConfig, Config, ConfigError, Contact, EndpointConfig, Environment, EtcdConfig, GuardianConfig, Listen,
+    LogConfig, MemberAddress, Network, PostgresConfig, RouterConfig, keys, secrets,
 };
 use crate::core::lease::{InvalidTimings, Takeover, Timings};
 use crate::core::names::{ClusterName, MemberName};
@@ -43,6 +43,7 @@ pub(super) fn config(path: &Path, text: &str, environment: Environment<'_>) -> R
         &file.election,
         &file.crash,
         &file.rejoin,
+        &file.cold_start,
         &file.member,
         &file.postgresql,
     )?;
@@ -53,6 +54,11 @@ pub(super) fn config(path: &Path, text: &str, environment: Environment<'_>) -> R
     check.directories(&state_dir, &postgresql)?;
     let guardian = check.guardian(file.guardian, &state_dir)?;
     let api = check.api(file.api, &me)?;
+    let endpoint = file.endpoint.map(|raw| check.endpoint_section(raw, &me)).transpose()?;
+    if endpoint.is_some() {
+        check.clients_show_a_password(&postgresql)?;
+        check.socket("state_dir", &state_dir.join("endpoint.sock"))?;
+    }
     let tags = check.tags(file.tags)?;
     let log = check.log(file.log)?;
 
@@ -68,8 +74,62 @@ pub(super) fn config(path: &Path, text: &str, environment: Environment<'_>) -> R
         tags,
         api,
         guardian,
+        endpoint,
         log,
     })
+}
+
+/// `[router]` and `[log]`; the rest of the file is the agent's and need not be there.
+pub(super) fn router(path: &Path, text: &str, environment: Environment<'_>) -> Result<RouterConfig, ConfigError> {
+    let source = Source { file: path, text };
+    let file: raw::File = toml::from_str(text).map_err(|error| source.toml(&error))?;
+    let check = Check { source, environment };
+    let raw = check.required("router", file.router, "write a section [router] with the members' addresses")?;
+    let remedy = r#"write `members = ["http://host:8008", …]`, the agents' addresses"#;
+    let members = check.required("router.members", raw.members, remedy)?;
+    if members.is_empty() {
+        return Err(check.error("router.members", "is empty", remedy));
+    }
+    for (index, url) in members.iter().enumerate() {
+        check.endpoint(&format!("router.members[{index}]"), url)?;
+    }
+    let host = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = raw.name.unwrap_or(host);
+    if name.is_empty() || name.len() > 200 {
+        return Err(check.error("router.name", format!("`{name}` has no use as a name"), "write 1 to 200 characters"));
+    }
+    let loopback = || vec!["127.0.0.1:5432".to_owned(), "[::1]:5432".to_owned()];
+    let state_file = check.path("router.state_file", raw.state_file)?;
+    let endpoint = check.front(
+        "router",
+        Front {
+            listen: raw.listen.unwrap_or_else(loopback),
+            listen_read_only: raw.listen_read_only.unwrap_or_default(),
+            socket_dir: raw.socket_dir,
+            failover_hold: raw.failover_hold,
+            max_lag: raw.max_lag,
+            read_only_fallback: raw.read_only_fallback,
+            threads: raw.threads,
+        },
+    )?;
+    Ok(RouterConfig {
+        name,
+        members: members.iter().map(|url| url.trim_end_matches('/').to_owned()).collect(),
+        endpoint,
+        state_file: Some(state_file.unwrap_or_else(|| PathBuf::from("/var/lib/pgvigil/route.json"))),
+        log: check.log(file.log)?,
+    })
+}
+
+/// What `[endpoint]` and `[router]` have in common.
+struct Front {
+    listen: Vec<String>,
+    listen_read_only: Vec<String>,
+    socket_dir: Option<PathBuf>,
+    failover_hold: Option<Span>,
+    max_lag: Option<Size>,
+    read_only_fallback: Option<String>,
+    threads: Option<usize>,
 }
 
 /// The member list and this member's name: what a command needs to find the cluster.
@@ -434,6 +494,7 @@ impl Check<'_> {
         election: &raw::Election,
         crash: &raw::Crash,
         rejoin: &raw::Rejoin,
+        cold_start: &raw::ColdStart,
         member: &raw::MemberSection,
         postgresql: &raw::Postgresql,
     ) -> Result<Policy, ConfigError> {
@@ -477,6 +538,7 @@ impl Check<'_> {
             )?,
             member_publish: self.span("member.publish", member.publish, seconds(3), millis(200), seconds(60))?,
             reclone: rejoin.reclone.unwrap_or(true),
+            cold_start_wait: self.span("cold_start.wait", cold_start.wait, seconds(60), seconds(0), seconds(86_400))?,
             rejoin_timeout: self.span("rejoin.timeout", rejoin.timeout, seconds(60), seconds(5), seconds(86_400))?,
             takeover,
         };
@@ -707,6 +769,147 @@ impl Check<'_> {
             ));
         }
         Ok(GuardianConfig { socket, real_time_priority })
+    }
+
+    fn endpoint_section(&self, raw: raw::Endpoint, me: &MemberAddress) -> Result<EndpointConfig, ConfigError> {
+        let mut endpoint = self.front(
+            "endpoint",
+            Front {
+                listen: raw.listen.unwrap_or_else(|| vec!["*:6432".to_owned()]),
+                listen_read_only: raw.listen_read_only.unwrap_or_else(|| vec!["*:6433".to_owned()]),
+                socket_dir: raw.socket_dir,
+                failover_hold: raw.failover_hold,
+                max_lag: raw.max_lag,
+                read_only_fallback: raw.read_only_fallback,
+                threads: raw.threads,
+            },
+        )?;
+        endpoint.direct = raw.direct.unwrap_or(false);
+        for (index, text) in raw.proxies.unwrap_or_default().iter().enumerate() {
+            endpoint.proxies.push(self.network(&format!("endpoint.proxies[{index}]"), text)?);
+        }
+        // Members are told one port for each; the first address counts.
+        for (field, listen) in
+            [("endpoint.listen", &endpoint.listen), ("endpoint.listen_read_only", &endpoint.listen_read_only)]
+        {
+            for port in listen.iter().map(|listen| listen.port()) {
+                let taken = [(me.port, "PostgreSQL"), (me.api_port, "the agent")];
+                let everywhere = |listen: &&Listen| matches!(listen, Listen::Everywhere(p) if *p == port);
+                if let Some((_, whose)) =
+                    taken.iter().find(|(taken, _)| *taken == port && listen.iter().any(|l| everywhere(&l)))
+                {
+                    return Err(self.error(
+                        field,
+                        format!("port {port} is {whose}'s on every address (`{}` in [[members]])", me.name),
+                        "take another port, or one address: \"127.0.0.1:5432\"",
+                    ));
+                }
+            }
+        }
+        Ok(endpoint)
+    }
+
+    fn front(&self, section: &str, raw: Front) -> Result<EndpointConfig, ConfigError> {
+        let field = |key: &str| format!("{section}.{key}");
+        let listens = |key: &str, texts: &[String]| -> Result<Vec<Listen>, ConfigError> {
+            texts.iter().enumerate().map(|(i, text)| self.listen(&format!("{section}.{key}[{i}]"), text)).collect()
+        };
+        let listen = listens("listen", &raw.listen)?;
+        let listen_read_only = listens("listen_read_only", &raw.listen_read_only)?;
+        if listen.is_empty() {
+            return Err(self.error(&field("listen"), "is empty", r#"write at least one address: ["*:6432"]"#));
+        }
+        for (index, one) in listen_read_only.iter().enumerate() {
+            if listen.contains(one) {
+                return Err(self.error(
+                    &format!("{section}.listen_read_only[{index}]"),
+                    format!("{section}.listen has the same address and port"),
+                    "take another port for readers",
+                ));
+            }
+        }
+        let socket_dir = self.path(&field("socket_dir"), raw.socket_dir)?;
+        if let Some(directory) = &socket_dir {
+            for one in listen.iter().chain(&listen_read_only) {
+                self.socket(&field("socket_dir"), &directory.join(format!(".s.PGSQL.{}", one.port())))?;
+            }
+        }
+        let read_only_fallback = match raw.read_only_fallback.as_deref() {
+            None | Some("primary") => true,
+            Some("refuse") => false,
+            Some(other) => {
+                let problem = format!("`{other}` is unknown");
+                return Err(self.error(&field("read_only_fallback"), problem, r#"write "primary" or "refuse""#));
+            }
+        };
+        let threads = raw.threads.unwrap_or(1);
+        if !(1..=64).contains(&threads) {
+            return Err(self.error(&field("threads"), format!("{threads} is outside 1 to 64"), "the default is 1"));
+        }
+        let seconds = Duration::from_secs;
+        Ok(EndpointConfig {
+            listen,
+            listen_read_only,
+            socket_dir,
+            direct: false,
+            failover_hold: self.span(
+                &field("failover_hold"),
+                raw.failover_hold,
+                seconds(30),
+                Duration::ZERO,
+                seconds(3_600),
+            )?,
+            max_lag: raw.max_lag.map_or(16 << 20, |size| size.0),
+            read_only_fallback,
+            threads,
+            proxies: Vec::new(),
+        })
+    }
+
+    fn listen(&self, field: &str, text: &str) -> Result<Listen, ConfigError> {
+        let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0);
+        let listen = match text.strip_prefix("*:") {
+            Some(rest) => port(rest).map(Listen::Everywhere),
+            None => text.parse::<SocketAddr>().ok().filter(|address| address.port() > 0).map(Listen::At),
+        };
+        listen.ok_or_else(|| {
+            self.error(
+                field,
+                format!("`{text}` is not an address with a port"),
+                r#"write "*:6432" for every address, or "10.0.0.1:6432", or "[fd00::1]:6432""#,
+            )
+        })
+    }
+
+    fn network(&self, field: &str, text: &str) -> Result<Network, ConfigError> {
+        let (address, prefix) = text.split_once('/').unzip();
+        let address = address.unwrap_or(text).parse::<IpAddr>().ok();
+        let network = address.and_then(|address| {
+            let longest = if address.is_ipv4() { 32 } else { 128 };
+            let prefix = prefix.map_or(Some(longest), |text| text.parse().ok())?;
+            (prefix <= longest).then_some(Network { address, prefix })
+        });
+        network.ok_or_else(|| {
+            self.error(field, format!("`{text}` is not a network"), r#"write an address or "10.0.0.0/8""#)
+        })
+    }
+
+    /// The endpoint's clients come over PostgreSQL's unix socket, so a line that lets in without a password whoever is on
+    /// this host would let in everybody.
+    fn clients_show_a_password(&self, postgresql: &PostgresConfig) -> Result<(), ConfigError> {
+        for (index, line) in postgresql.hba.iter().enumerate() {
+            let mut words = line.split_whitespace();
+            let local = words.next() == Some("local");
+            let method = words.nth(2).unwrap_or_default();
+            if local && !matches!(method, "scram-sha-256" | "reject") {
+                return Err(self.error(
+                    &format!("postgresql.hba[{index}]"),
+                    format!("`{line}` lets in by `{method}`, and the endpoint's clients come over the same socket"),
+                    "write scram-sha-256 or reject, or leave the line away: pgvigil's own let this host in by password",
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn socket(&self, field: &str, path: &Path) -> Result<(), ConfigError> {

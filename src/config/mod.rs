@@ -37,6 +37,8 @@ pub struct Config {
     pub tags: Tags,
     pub api: ApiConfig,
     pub guardian: GuardianConfig,
+    /// `None`: no section `[endpoint]`, so clients connect to PostgreSQL itself.
+    pub endpoint: Option<EndpointConfig>,
     pub log: LogConfig,
 }
 
@@ -104,6 +106,76 @@ pub struct GuardianConfig {
     pub real_time_priority: u8,
 }
 
+/// The clients' way in: a process of its own beside the agent.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct EndpointConfig {
+    pub listen: Vec<Listen>,
+    /// Empty: no port for readers.
+    pub listen_read_only: Vec<Listen>,
+    /// Where `.s.PGSQL.<port>` is made besides; `None`: no unix socket.
+    pub socket_dir: Option<PathBuf>,
+    /// Clients may reach PostgreSQL's own port too.
+    pub direct: bool,
+    /// How long a new connection waits while there is no primary.
+    pub failover_hold: Duration,
+    /// How many bytes behind a standby may be and still take readers.
+    pub max_lag: u64,
+    /// Readers go to the primary when no standby is near enough; else they are refused.
+    pub read_only_fallback: bool,
+    pub threads: usize,
+    /// Besides the members, who may say on whose behalf they speak (PROXY protocol).
+    pub proxies: Vec<Network>,
+}
+
+/// `pgvigil router`: the endpoint's front alone, on a host without PostgreSQL.
+#[derive(Clone, Debug)]
+pub struct RouterConfig {
+    /// How it is called towards the members.
+    pub name: String,
+    /// `http://host:port` of agents; one that answers is enough.
+    pub members: Vec<String>,
+    pub endpoint: EndpointConfig,
+    /// Where the last known route is kept over a restart; `None`: nowhere.
+    pub state_file: Option<PathBuf>,
+    pub log: LogConfig,
+}
+
+/// An address and a port; `*` is every address of both kinds, or of the only kind that the machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Listen {
+    Everywhere(u16),
+    At(SocketAddr),
+}
+
+impl Listen {
+    pub fn port(self) -> u16 {
+        match self {
+            Listen::Everywhere(port) => port,
+            Listen::At(address) => address.port(),
+        }
+    }
+}
+
+/// `10.0.0.0/8`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Network {
+    pub address: std::net::IpAddr,
+    pub prefix: u8,
+}
+
+impl Network {
+    pub fn contains(self, other: std::net::IpAddr) -> bool {
+        use std::net::IpAddr::{V4, V6};
+        // Shifted by all its bits nothing of a number is left, which `>>` does not do by itself.
+        let same = |difference: u128, bits: u8| difference.checked_shr(u32::from(bits - self.prefix)).unwrap_or(0) == 0;
+        match (self.address.to_canonical(), other.to_canonical()) {
+            (V4(a), V4(b)) => same((a.to_bits() ^ b.to_bits()).into(), 32),
+            (V6(a), V6(b)) => same(a.to_bits() ^ b.to_bits(), 128),
+            _ => false,
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct LogConfig {
     pub level: String,
@@ -156,6 +228,25 @@ impl Config {
     /// Whom to ask: for commands that talk to the cluster and may not be allowed to read its secrets.
     pub fn contact(path: &Path) -> Result<Contact, ConfigError> {
         check::contact(path, &error::read_file(path)?, &process_environment)
+    }
+
+    /// The settings of `pgvigil router`: the sections `[router]` and `[log]` of a file.
+    pub fn router(path: &Path) -> Result<RouterConfig, ConfigError> {
+        Config::parse_router(path, &error::read_file(path)?, &process_environment)
+    }
+
+    pub fn parse_router(path: &Path, text: &str, environment: Environment<'_>) -> Result<RouterConfig, ConfigError> {
+        check::router(path, text, environment)
+    }
+
+    /// Do clients reach PostgreSQL itself?
+    pub fn direct(&self) -> bool {
+        self.endpoint.as_ref().is_none_or(|endpoint| endpoint.direct)
+    }
+
+    /// The endpoint's socket for its agent.
+    pub fn endpoint_socket(&self) -> PathBuf {
+        self.state_dir.join("endpoint.sock")
     }
 
     pub fn me(&self) -> &MemberAddress {

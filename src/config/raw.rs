@@ -23,11 +23,14 @@ pub(super) struct File {
     pub election: Election,
     pub crash: Crash,
     pub rejoin: Rejoin,
+    pub cold_start: ColdStart,
     pub member: MemberSection,
     pub postgresql: Postgresql,
     pub tags: Tags,
     pub api: Api,
     pub guardian: Guardian,
+    pub endpoint: Option<Endpoint>,
+    pub router: Option<Router>,
     pub log: Log,
 }
 
@@ -102,6 +105,12 @@ pub(super) struct Rejoin {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+pub(super) struct ColdStart {
+    pub wait: Option<Span>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub(super) struct MemberSection {
     pub publish: Option<Span>,
 }
@@ -149,6 +158,35 @@ pub(super) struct Api {
 pub(super) struct Guardian {
     pub socket: Option<PathBuf>,
     pub real_time_priority: Option<u8>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Endpoint {
+    pub listen: Option<Vec<String>>,
+    pub listen_read_only: Option<Vec<String>>,
+    pub socket_dir: Option<PathBuf>,
+    pub direct: Option<bool>,
+    pub failover_hold: Option<Span>,
+    pub max_lag: Option<Size>,
+    pub read_only_fallback: Option<String>,
+    pub threads: Option<usize>,
+    pub proxies: Option<Vec<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Router {
+    pub name: Option<String>,
+    pub members: Option<Vec<String>>,
+    pub listen: Option<Vec<String>>,
+    pub listen_read_only: Option<Vec<String>>,
+    pub socket_dir: Option<PathBuf>,
+    pub failover_hold: Option<Span>,
+    pub max_lag: Option<Size>,
+    pub read_only_fallback: Option<String>,
+    pub threads: Option<usize>,
+    pub state_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]

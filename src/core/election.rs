@@ -26,7 +26,20 @@ pub enum Verdict {
         missing: BTreeSet<MemberName>,
         why: String,
     },
+    /// Who has everything must not lead: who may copies its WAL first, and is sealed again (protocol §5 step 4).
+    Copying(Copying),
     Elected(Elected),
+}
+
+/// WAL that has to go from one sealed member to another before the second can win.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Copying {
+    pub by: MemberName,
+    pub from: MemberName,
+    /// Where `from` is sealed.
+    pub timeline: TimelineId,
+    pub end: Lsn,
+    pub rejected: BTreeMap<MemberName, String>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -148,14 +161,17 @@ fn judge_sync(
         .collect();
     let missing: BTreeSet<MemberName> =
         electorate.iter().filter(|id| !sealed.contains(id)).map(|id| id.name.clone()).collect();
+    if sealed.len() < need && records.forced().is_some() {
+        return forced(records, leader, seals, preferred);
+    }
     if sealed.len() < need {
+        let by = match claim.k {
+            0 => format!("{} alone", claim.primary.name),
+            k => format!("{} with {k} of {}", claim.primary.name, list(claim.members.iter().map(|m| &m.name))),
+        };
         let mut why = format!(
-            "{} of {} needed seals: commits may have been acknowledged by {} with {} of {}; waiting for {}",
+            "{} of {need} needed seals: commits may have been acknowledged by {by}; waiting for {}",
             sealed.len(),
-            need,
-            claim.primary.name,
-            claim.k,
-            list(claim.members.iter().map(|m| &m.name)),
             list(missing.iter()),
         );
         for name in &missing {
@@ -171,6 +187,23 @@ fn judge_sync(
     let candidates = sealed.iter().map(|id| (*id).clone()).collect();
     let outstanding = missing.iter().filter(|name| Some(*name) == preferred).cloned().collect();
     choose(records, leader, seals, candidates, preferred, outstanding, BTreeMap::new())
+}
+
+/// A person goes past the claim: the best of all who can be sealed, whatever is lost.
+fn forced(
+    records: &ClusterRecords,
+    leader: &LeaderRecord,
+    seals: &BTreeMap<&MemberName, &Keyed<SealRecord>>,
+    preferred: Option<&MemberName>,
+) -> Verdict {
+    let members = records.membership.value().map(|m| m.members.clone()).unwrap_or_default();
+    let candidates = seals
+        .iter()
+        .filter(|(name, _)| members.contains(**name))
+        .map(|(name, seal)| MemberId { name: (*name).clone(), incarnation: seal.value.incarnation })
+        .collect();
+    let missing = members.iter().filter(|name| !seals.contains_key(name)).cloned().collect();
+    choose(records, leader, seals, candidates, preferred, missing, BTreeMap::new())
 }
 
 /// A final position behind the one that the same incarnation published itself: its disk is one of the past (a snapshot
@@ -204,7 +237,7 @@ fn judge_async(
             continue;
         }
         let behind = published.map(|lsn| seal.value.position.replayed.bytes_to(lsn)).unwrap_or(0);
-        if behind > max_lag {
+        if behind > max_lag && records.forced().is_none() {
             rejected.insert((*name).clone(), format!("{behind} bytes behind, election.max_lag is {max_lag}"));
             continue;
         }
@@ -271,6 +304,24 @@ fn choose(
     eligible.sort_by_key(|(id, seal)| {
         (Reverse(Some(&id.name) == preferred), Reverse(seal.tags.failover_priority), id.name.clone())
     });
+    let full = places.iter().find(|(_, (place, _))| *place == Place::OnLine(best)).map(|(id, (_, seal))| (*id, *seal));
+    let mut counted: BTreeMap<&MemberName, i64> =
+        candidates.iter().filter_map(|id| seals.get(&id.name).map(|seal| (&id.name, seal.revision))).collect();
+    let stand_in;
+    if eligible.is_empty()
+        && let Some((from, full)) = full
+        && let Some((by, seal)) = closest_to(records, seals, full, preferred)
+    {
+        let Position { timeline, replayed: end, .. } = full.position;
+        if (seal.value.position.timeline, seal.value.position.replayed) != (timeline, end) {
+            return Verdict::Copying(Copying { by: by.clone(), from: from.name.clone(), timeline, end, rejected });
+        }
+        // It has copied everything: its own seal is one of those that must still stand.
+        rejected.remove(by);
+        counted.insert(by, seal.revision);
+        stand_in = MemberId { name: by.clone(), incarnation: seal.value.incarnation };
+        eligible.push((&stand_in, &seal.value));
+    }
     let Some((winner, seal)) = eligible.first() else {
         return Verdict::Impossible {
             why: format!(
@@ -301,13 +352,42 @@ fn choose(
             parent: seal.position.timeline,
             switch: seal.position.replayed,
         },
-        counted: candidates
-            .iter()
-            .filter_map(|id| seals.get(&id.name).map(|seal| (id.name.clone(), seal.revision)))
-            .collect(),
+        counted: counted.into_iter().map(|(name, revision)| (name.clone(), revision)).collect(),
         rejected,
         outstanding,
     })
+}
+
+/// Who may lead and can come to where `from` is by taking its WAL: the one with the least to copy. It need not be in the
+/// claim: with all of `from`'s WAL it has every acknowledged commit, whatever it had before.
+fn closest_to<'a>(
+    records: &ClusterRecords,
+    seals: &BTreeMap<&'a MemberName, &'a Keyed<SealRecord>>,
+    full: &SealRecord,
+    preferred: Option<&MemberName>,
+) -> Option<(&'a MemberName, &'a Keyed<SealRecord>)> {
+    let members = &records.membership.value()?.members;
+    seals
+        .iter()
+        .filter(|(name, seal)| {
+            members.contains(**name) && seal.value.tags.may_lead() && leads_to(&seal.value.position, &full.position)
+        })
+        .min_by_key(|(name, seal)| {
+            let Position { timeline, replayed, .. } = seal.value.position;
+            let tags = &seal.value.tags;
+            (Reverse((timeline, replayed)), Reverse(Some(**name) == preferred), Reverse(tags.failover_priority), **name)
+        })
+        .map(|(name, seal)| (*name, *seal))
+}
+
+/// Is `behind` a point of the history that ends at `ahead`? (S3: nothing is copied over WAL of another history.)
+fn leads_to(behind: &Position, ahead: &Position) -> bool {
+    let left = if behind.timeline == ahead.timeline {
+        Some(ahead.replayed)
+    } else {
+        ahead.history.switch_from(behind.timeline)
+    };
+    left.is_some_and(|left| behind.replayed <= left)
 }
 
 /// Names in one phrase.

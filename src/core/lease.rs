@@ -118,6 +118,11 @@ impl Timings {
         self.deadline(sent).minus(self.kill_budget)
     }
 
+    /// From when on the gate passes nothing, unless a later renewal moves it. While nobody takes over before W, that is F.
+    pub fn hold_at(&self, sent: Moment) -> Moment {
+        self.kill_at(sent)
+    }
+
     /// W ≥ T_h · (1 + ρ)/(1 − ρ): how long a candidate waits on its own clocks. `holder_ttl` is what the holder's record
     /// says; whoever runs with other settings is waited for by the longer of both.
     pub fn candidate_wait(&self, holder_ttl: Duration) -> Duration {

@@ -37,8 +37,9 @@ impl Memory {
         now: Moment,
     ) -> Memory {
         self.observe_exit(&local.guard.state, policy, now);
+        self.witness &= local.postgres != LocalPostgres::Down;
         if let Store::Known { observed_at, records } = store {
-            self.observe_records(records, me, policy, *observed_at);
+            self.observe_records(records, me, policy, &local.postgres, *observed_at);
             self.observe_holder(records, me, &local.postgres, peers, now);
             self.observe_replicas(records, &local.postgres, now);
             self.observe_promotion(records, me, &local.postgres, now);
@@ -67,10 +68,20 @@ impl Memory {
         self.last_exit = *start_number;
     }
 
-    fn observe_records(&mut self, records: &ClusterRecords, me: &Me, policy: &Policy, observed_at: Moment) {
+    fn observe_records(
+        &mut self,
+        records: &ClusterRecords,
+        me: &Me,
+        policy: &Policy,
+        postgres: &LocalPostgres,
+        observed_at: Moment,
+    ) {
         let seen = self.store_seen.filter(|(id, _)| *id == records.store_id).map_or(0, |(_, revision)| revision);
         self.store_seen = Some((records.store_id, seen.max(records.revision)));
+        let silent = self.silence;
         self.silence = Silence::observe(self.silence, records, observed_at);
+        // Somebody leads or elects just now, and PostgreSQL runs here: what it has is not older than the cluster's end.
+        self.witness |= silent.is_some() && silent != self.silence && *postgres != LocalPostgres::Down;
         let leader = records.leader.present();
         self.releases = leader
             .filter(|l| matches!(l.value.state, LeaderState::Released { .. } | LeaderState::Fenced { .. }))
@@ -91,17 +102,21 @@ impl Memory {
                 self.held = Some(leader.value.clone());
             }
         }
-        self.observe_election(records, me, policy, observed_at);
+        self.observe_election(records, me, policy, postgres, observed_at);
         for (name, record) in &records.members {
             let beat = record.value.beat;
             match self.beats.get(name) {
                 Some((known, _)) if *known == beat => {}
-                _ => {
+                known => {
+                    if known.is_some() {
+                        self.spoke.insert(name.clone(), observed_at);
+                    }
                     self.beats.insert(name.clone(), (beat, observed_at));
                 }
             }
         }
         self.beats.retain(|name, _| records.members.contains_key(name));
+        self.spoke.retain(|name, _| records.members.contains_key(name));
         self.observe_requests(records, me, observed_at);
     }
 
@@ -123,7 +138,14 @@ impl Memory {
     }
 
     /// Since when we coordinate, and since when enough are sealed.
-    fn observe_election(&mut self, records: &ClusterRecords, me: &Me, policy: &Policy, now: Moment) {
+    fn observe_election(
+        &mut self,
+        records: &ClusterRecords,
+        me: &Me,
+        policy: &Policy,
+        postgres: &LocalPostgres,
+        now: Moment,
+    ) {
         let Some(leader) = records.leader().filter(|l| l.holder == me.id) else {
             self.election = None;
             return;
@@ -132,13 +154,26 @@ impl Memory {
         let LeaderState::Electing { preferred, winner, .. } = &leader.state else { return };
         if winner.is_some() {
             let since = known.map(|e| e.since).unwrap_or(now);
-            self.election = Some(ElectionMemory { term: leader.term, since, enough_since: Some(since) });
+            self.election = Some(ElectionMemory { term: leader.term, since, enough_since: Some(since), copied: None });
             return;
         }
-        let enough = matches!(judge(records, leader, policy.max_lag, preferred.as_ref()), Verdict::Elected(_));
+        let verdict = judge(records, leader, policy.max_lag, preferred.as_ref());
+        let enough = matches!(verdict, Verdict::Elected(_));
         let enough_since = known.and_then(|e| e.enough_since).or(enough.then_some(now));
-        self.election =
-            Some(ElectionMemory { term: leader.term, since: known.map(|e| e.since).unwrap_or(now), enough_since });
+        let at = match &verdict {
+            Verdict::Copying(copying) if copying.by == me.id.name => postgres.standby().map(|s| s.replayed),
+            Verdict::Copying(copying) => records.members.get(&copying.by).and_then(|m| m.value.replayed),
+            Verdict::Elected(_) | Verdict::Waiting { .. } | Verdict::Impossible { .. } => None,
+        };
+        let before = known.and_then(|e| e.copied);
+        let copied = match (at, before) {
+            (Some(at), Some((before, since))) if at == before => Some((before, since)),
+            (Some(at), _) => Some((at, now)),
+            // A verdict between two seals of the same copy.
+            (None, before) => before,
+        };
+        let since = known.map(|e| e.since).unwrap_or(now);
+        self.election = Some(ElectionMemory { term: leader.term, since, enough_since, copied });
     }
 
     /// Everything that belongs to one term only.
@@ -230,7 +265,14 @@ impl Memory {
                 self.phase("promoted", now);
             }
             JobKind::Seal { .. } if succeeded => self.phase("sealed", now),
-            JobKind::Clone { .. } | JobKind::Rewind { .. } if succeeded => self.retry_after = None,
+            JobKind::Clone { .. } | JobKind::Rewind { .. } if succeeded => {
+                self.retry_after = None;
+                // A copy of data whose copy did not start is one more attempt; the crashes were of data that are gone.
+                if matches!(what, JobKind::Clone { .. }) && !self.crashes.is_empty() {
+                    self.rejoin_failures += 1;
+                }
+                self.crashes.clear();
+            }
             JobKind::Clone { .. } | JobKind::Rewind { .. } | JobKind::Bootstrap => {
                 if !succeeded {
                     self.rejoin_failures += 1;

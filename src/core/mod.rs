@@ -7,6 +7,7 @@
 
 pub mod decide;
 pub mod election;
+pub mod endpoint;
 pub mod health;
 pub mod holding;
 pub mod lease;
@@ -14,11 +15,13 @@ pub mod lint;
 pub mod lsn;
 pub mod memory;
 pub mod names;
+pub mod outlook;
 pub mod peers;
 pub mod plan;
 pub mod promise;
 pub mod publish;
 pub mod records;
+pub mod route;
 pub mod rules;
 pub mod silence;
 pub mod sync_set;

@@ -52,12 +52,13 @@ fn changed(before: &MemberRecord, now: &MemberRecord) -> bool {
     let relevant = |r: &MemberRecord| {
         (
             (r.incarnation, r.start_counter, r.data.clone(), r.role, settled(&r.state)),
-            (r.timeline, r.term, r.host.clone(), r.port, r.tags.clone()),
+            (r.timeline, r.term, r.host.clone(), r.port, r.endpoint, r.tags.clone()),
             (
                 r.pending_restart,
                 r.promise.clone(),
                 r.job.as_ref().map(|j| j.what.clone()),
                 r.overtaken.max(before.overtaken),
+                r.kept.clone(),
             ),
         )
     };
@@ -96,6 +97,7 @@ pub fn record(view: &View, plan: &Plan) -> MemberRecord {
         host: me.host.clone(),
         port: me.port,
         api_url: me.api_url.clone(),
+        endpoint: me.endpoint,
         tags: me.tags.clone(),
         postgres_version: version,
         agent_version: me.agent_version.clone(),
@@ -107,6 +109,8 @@ pub fn record(view: &View, plan: &Plan) -> MemberRecord {
         rule: plan.rule.clone(),
         reason: plan.reason.clone(),
         beat: 0,
+        witness: view.memory.witness,
+        kept: view.local.kept.clone(),
     }
 }
 

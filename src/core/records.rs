@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
 use super::promise::Promise;
+use super::route::EndpointPorts;
 use super::timeline::{History, Term, TimelineId};
 
 /// `init`: which cluster this is. Written once.
@@ -243,6 +244,9 @@ pub struct MemberRecord {
     pub host: String,
     pub port: u16,
     pub api_url: String,
+    /// Where clients are let in, when this member has an endpoint.
+    #[serde(default)]
+    pub endpoint: Option<EndpointPorts>,
     pub tags: Tags,
     /// `server_version_num`, 0 when not known.
     pub postgres_version: u32,
@@ -263,6 +267,22 @@ pub struct MemberRecord {
     pub reason: String,
     /// Counts up with every publication: a reader's own clock tells how old it is.
     pub beat: u64,
+    /// PostgreSQL here has run since before a leader's sign of life was last seen: not a cold start.
+    #[serde(default)]
+    pub witness: bool,
+    /// WAL that only this member had, kept for a person.
+    #[serde(default)]
+    pub kept: Vec<KeptWal>,
+}
+
+/// Transactions that were on this member alone when it was brought back onto the leader's line: listed and kept (S5).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptWal {
+    pub timeline: TimelineId,
+    /// Where it left the line that the cluster went on with.
+    pub left_at: Lsn,
+    pub transactions: u64,
+    pub directory: String,
 }
 
 /// `history/<term>`: who became leader, when, why, how long each phase took.
@@ -292,6 +312,18 @@ pub struct Request {
     /// finds it done.
     pub began: Option<Term>,
     pub outcome: Option<Outcome>,
+    /// A failover that goes past what the store claims: a person has seen what is lost and takes it upon himself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub force: Option<Force>,
+}
+
+/// What a person said who forces a failover.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Force {
+    /// Term of the last published leader when it was asked for: good for this vacancy and for no later one.
+    pub last_term: Term,
+    /// Hosts that are off by his word, typed name by name.
+    pub off: BTreeSet<MemberName>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -312,11 +344,14 @@ pub enum Operation {
 
 impl Operation {
     /// What a request begins with: asked for while nobody leads, a change of leader is fulfilled by any later leader.
-    /// Nothing else is: a restart that ends a crash loop still has to be done.
-    pub fn begun_when_asked(&self, leader: Option<&LeaderRecord>) -> Option<Term> {
+    /// Nothing else is: a restart that ends a crash loop still has to be done. `missed`: the holder shows no sign of life.
+    pub fn begun_when_asked(&self, leader: Option<&LeaderRecord>, missed: bool) -> Option<Term> {
         match self {
             Operation::Switchover { .. } | Operation::Failover { .. } => {
-                leader.filter(|l| l.state != LeaderState::Held).map(|l| l.term)
+                let leader = leader.filter(|l| missed || l.state != LeaderState::Held)?;
+                // The one who is being elected has fulfilled it, under this very term.
+                let elected = matches!(leader.state, LeaderState::Electing { .. });
+                Some(Term(leader.term.0.saturating_sub(u64::from(elected))))
             }
             Operation::Restart { .. } | Operation::Reinit { .. } | Operation::AcceptStore { .. } => None,
         }
@@ -407,6 +442,19 @@ pub struct ClusterRecords {
 impl ClusterRecords {
     pub fn leader(&self) -> Option<&LeaderRecord> {
         self.leader.value()
+    }
+
+    /// What a person forces while nobody leads. Where the change began on suspicion the old leader's lease may not be over:
+    /// then only with his word that its host is off.
+    pub fn forced(&self) -> Option<&Force> {
+        let leader = self.leader()?;
+        let last = leader.last.as_ref().map(|last| last.term).unwrap_or_default();
+        self.requests
+            .values()
+            .filter(|r| r.value.outcome.is_none() && matches!(r.value.what, Operation::Failover { .. }))
+            .filter_map(|r| r.value.force.as_ref())
+            .find(|force| force.last_term == last)
+            .filter(|force| leader.taken.as_ref().is_none_or(|taken| force.off.contains(&taken.from.name)))
     }
 
     /// The highest timeline number that anybody reserved or published.

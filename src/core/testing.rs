@@ -57,6 +57,7 @@ pub fn policy() -> Policy {
         rejoin_timeout: Duration::from_secs(60),
         reclone: true,
         takeover: Takeover::default(),
+        cold_start_wait: secs(60),
     }
 }
 
@@ -168,6 +169,7 @@ impl Cluster {
             host: format!("{who}.example"),
             port: 5432,
             api_url: format!("http://{who}.example:8008"),
+            endpoint: None,
             tags: Tags::default(),
             postgres_version: 150018,
             agent_version: "0.1.0".to_owned(),
@@ -179,6 +181,8 @@ impl Cluster {
             rule: "follower".to_owned(),
             reason: "follows the leader".to_owned(),
             beat: 7,
+            witness: true,
+            kept: Vec::new(),
         };
         self.records.members.insert(id.name, Keyed { revision: 90, value: record });
         self
@@ -210,6 +214,7 @@ impl Cluster {
                 host: format!("{who}.example"),
                 port: 5432,
                 api_url: format!("http://{who}.example:8008"),
+                endpoint: None,
                 agent_version: "0.1.0".to_owned(),
             },
             policy: self.policy.clone(),
@@ -223,6 +228,7 @@ impl Cluster {
                 },
                 postgres,
                 guard: Guard { state, real_time: true, control_group: true, death_covered: true },
+                kept: Vec::new(),
             },
             store: Store::Known { observed_at: self.now, records: Box::new(self.records.clone()) },
             lease: match leads {
@@ -249,6 +255,8 @@ impl Cluster {
             },
             silence: Silence::observe(None, &self.records, self.now),
             beats: self.records.members.iter().map(|(n, m)| (n.clone(), (m.value.beat, self.now))).collect(),
+            spoke: self.records.members.keys().map(|n| (n.clone(), self.now)).collect(),
+            witness: true,
             enforced: if leads { self.enforced.clone() } else { None },
             ..Memory::default()
         }

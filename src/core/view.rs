@@ -13,7 +13,8 @@ use super::names::{MemberId, MemberName};
 use super::peers::Peer;
 use super::plan::{Follow, SyncRule};
 use super::promise::{Bond, Lead, Promise, Promises};
-use super::records::{ClusterRecords, Durability, LeaderRecord, MemberRecord, Outcome, Tags};
+use super::records::{ClusterRecords, Durability, KeptWal, LeaderRecord, MemberRecord, Outcome, Tags};
+use super::route::EndpointPorts;
 use super::time::Moment;
 use super::timeline::{History, Term, TimelineId};
 
@@ -66,6 +67,8 @@ pub struct Me {
     pub host: String,
     pub port: u16,
     pub api_url: String,
+    #[serde(default)]
+    pub endpoint: Option<EndpointPorts>,
     pub agent_version: String,
 }
 
@@ -93,6 +96,9 @@ pub struct Policy {
     pub reclone: bool,
     #[serde(default)]
     pub takeover: Takeover,
+    /// Async: how long the last primary is waited for when everything was off; then a person decides.
+    #[serde(default)]
+    pub cold_start_wait: Duration,
 }
 
 // === What is here ===
@@ -103,6 +109,9 @@ pub struct Local {
     pub data: DataDirectory,
     pub postgres: LocalPostgres,
     pub guard: Guard,
+    /// What earlier rejoins kept of WAL that only this member had.
+    #[serde(default)]
+    pub kept: Vec<KeptWal>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -358,6 +367,12 @@ pub struct Memory {
     pub remembered_at: Option<Moment>,
     /// Beats of the other members and when each was last seen to change.
     pub beats: BTreeMap<MemberName, (u64, Moment)>,
+    /// When each other member's record was last seen to *change*: a record that only stands there may be of the past.
+    #[serde(default)]
+    pub spoke: BTreeMap<MemberName, Moment>,
+    /// PostgreSQL here has run since before a leader's sign of life was last seen.
+    #[serde(default)]
+    pub witness: bool,
     /// The rule that a barrier confirmed under the present term; `None`: unknown.
     pub enforced: Option<SyncRule>,
     /// A write of `sync` whose outcome is unknown: enough for both claims is enforced until a later write succeeds.
@@ -469,6 +484,9 @@ pub struct ElectionMemory {
     pub since: Moment,
     /// When as many seals as needed were first there.
     pub enough_since: Option<Moment>,
+    /// How far a member that copies WAL from another has come, and since when.
+    #[serde(default)]
+    pub copied: Option<(Lsn, Moment)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::DemoError;
 use super::etcd::Etcd;
 use super::member::{Common, Member, Owner};
 use super::sql::{self, Login, Session};
 use super::writer::{Address, Ids, Writer};
+use super::{DemoError, Host};
 use super::{ports, processes};
 use crate::client::Client;
+use crate::config::Secret;
 use crate::fencing::control_group_name;
 
 /// Between two looks at the agents' answers while a state is waited for: they tell no strangers of changes.
@@ -32,6 +33,9 @@ const OWNER: &str = "owner.pid";
 pub struct Options {
     pub members: usize,
     pub etcd: usize,
+    /// Where members and members of etcd run, in their order; loopback for those that have none.
+    pub hosts: Vec<Host>,
+    pub etcd_hosts: Vec<Host>,
     /// The program under test; `None`: this one.
     pub binary: Option<PathBuf>,
     /// Where base directories are made; `None`: the system's directory for temporary files.
@@ -43,6 +47,8 @@ pub struct Options {
     pub etcd_try_timeout: String,
     /// Lines of [postgresql.parameters].
     pub parameters: String,
+    /// Lines of [endpoint] besides its ports; `None`: no endpoint.
+    pub endpoint: Option<String>,
     pub log_level: String,
     /// Keep files and logs after the end; a cluster that failed keeps them anyway.
     pub keep: bool,
@@ -53,6 +59,8 @@ impl Default for Options {
         Options {
             members: 3,
             etcd: 3,
+            hosts: Vec::new(),
+            etcd_hosts: Vec::new(),
             binary: None,
             parent: None,
             durability: "sync".to_owned(),
@@ -60,6 +68,7 @@ impl Default for Options {
             etcd_try_timeout: "700ms".to_owned(),
             // Three servers on one small machine; nothing that changes what is shown.
             parameters: "shared_buffers = \"32MB\"".to_owned(),
+            endpoint: None,
             log_level: "info".to_owned(),
             keep: false,
         }
@@ -74,6 +83,8 @@ pub struct Cluster {
     /// Rows of all writers have ids from here.
     pub ids: Ids,
     pub started: Instant,
+    /// What the agents ask from those who change something; they get it through their hosts' environment.
+    pub token: Option<Secret>,
     binary: PathBuf,
     keep: bool,
     ended: bool,
@@ -129,18 +140,21 @@ impl Cluster {
             let _ = std::fs::remove_dir_all(&base);
             return Err(error);
         }
-        let etcd = match Etcd::start(&base, options.etcd) {
+        let etcd = match Etcd::start(&base, options.etcd, &options.etcd_hosts) {
             Ok(etcd) => etcd,
             Err(error) => {
                 let _ = std::fs::remove_dir_all(&base);
                 return Err(error);
             }
         };
-        let mut free = ports::free(2 * options.members)?.into_iter();
+        let mut free = ports::free(4 * options.members)?.into_iter();
         let names = ('a'..='z').map(|letter| format!("node-{letter}"));
         let members: Vec<Member> = names
             .take(options.members)
-            .filter_map(|name| Some(Member::new(&base, &name, free.next()?, free.next()?)))
+            .zip(options.hosts.iter().cloned().chain(std::iter::repeat_with(Host::default)))
+            .filter_map(|(name, host)| {
+                Some(Member::new(&base, &name, host, [free.next()?, free.next()?, free.next()?, free.next()?]))
+            })
             .collect();
         // From here on the cluster's drop cleans up, whatever fails.
         let cluster = Cluster {
@@ -150,6 +164,7 @@ impl Cluster {
             etcd,
             ids: Ids::default(),
             started,
+            token: None,
             binary,
             keep: options.keep,
             ended: false,
@@ -157,11 +172,12 @@ impl Cluster {
         let common = Common {
             cluster: cluster.name.clone(),
             etcd: cluster.etcd.endpoints(),
-            members: cluster.members.iter().map(|m| (m.name.clone(), m.port, m.api_port)).collect(),
+            members: cluster.members.iter().map(|m| (m.name.clone(), m.host.address, m.port, m.api_port)).collect(),
             durability: options.durability,
             lease: options.lease,
             etcd_try_timeout: options.etcd_try_timeout,
             parameters: options.parameters,
+            endpoint: options.endpoint,
             log_level: options.log_level,
         };
         for index in 0..cluster.members.len() {
@@ -181,7 +197,7 @@ impl Cluster {
     }
 
     pub fn client(&self) -> Client {
-        Client::of(self.urls())
+        Client::of(self.urls()).with_token(self.token.clone())
     }
 
     /// All agents' answers, in the members' order.
@@ -267,13 +283,18 @@ impl Cluster {
 
     pub async fn connect(&self, member: usize, login: &Login) -> Result<Session, DemoError> {
         let member = &self.members[member];
-        sql::connect(member.port, login, Duration::from_secs(5))
+        sql::connect_to(member.address(), login, Duration::from_secs(5))
             .await
             .map_err(|why| DemoError::failed(format!("connect to PostgreSQL of {}", member.name), why))
     }
 
     pub fn addresses(&self) -> Vec<Address> {
-        self.members.iter().map(|m| Address { member: m.name.clone(), port: m.port }).collect()
+        self.members.iter().map(|m| Address { member: m.name.clone(), at: m.address() }).collect()
+    }
+
+    /// Where clients come in through endpoints.
+    pub fn endpoints(&self) -> Vec<Address> {
+        self.members.iter().map(|m| Address { member: m.name.clone(), at: m.endpoint() }).collect()
     }
 
     pub fn writer(&self, clients: usize) -> Writer {

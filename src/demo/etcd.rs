@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use super::DemoError;
 use super::ports::{self, Port};
 use super::processes::Process;
+use super::{DemoError, Host};
 
 pub struct Etcd {
     program: PathBuf,
@@ -18,13 +18,15 @@ pub struct Etcd {
 
 pub struct EtcdMember {
     pub name: String,
+    pub host: Host,
     client: Port,
     peer: Port,
     process: Option<Process>,
 }
 
 impl Etcd {
-    pub fn start(base: &Path, count: usize) -> Result<Etcd, DemoError> {
+    /// `hosts` in the members' order; loopback for those that have none.
+    pub fn start(base: &Path, count: usize, hosts: &[Host]) -> Result<Etcd, DemoError> {
         let program = find("etcd").ok_or_else(|| DemoError::Missing {
             what: "etcd".to_owned(),
             remedy: "install etcd (Debian: `apt-get install etcd-server`), or let scripts/demo do it".to_owned(),
@@ -33,7 +35,8 @@ impl Etcd {
         let members = (1..=count)
             .filter_map(|number| {
                 let (client, peer) = (free.next()?, free.next()?);
-                Some(EtcdMember { name: format!("etcd-{number}"), client, peer, process: None })
+                let host = hosts.get(number - 1).cloned().unwrap_or_default();
+                Some(EtcdMember { name: format!("etcd-{number}"), host, client, peer, process: None })
             })
             .collect();
         let mut etcd = Etcd { program, base: base.to_owned(), members };
@@ -44,13 +47,33 @@ impl Etcd {
     }
 
     pub fn endpoints(&self) -> Vec<String> {
-        self.members.iter().map(|m| format!("http://127.0.0.1:{}", m.client.number)).collect()
+        self.members.iter().map(|m| m.url(&m.client)).collect()
+    }
+
+    /// `data` and `etcd.log` are in it.
+    pub fn directory(&self, index: usize) -> PathBuf {
+        self.base.join(&self.members[index].name)
+    }
+
+    /// A cluster that is restored from a backup needs the same one.
+    pub fn token(&self) -> String {
+        format!("pgvigil-{}", self.members[0].peer.number)
+    }
+
+    /// Never started, or not running any more.
+    pub fn is_down(&mut self, index: usize) -> bool {
+        self.members[index].process.as_mut().is_none_or(|process| process.ended().is_some())
+    }
+
+    pub fn pid(&self, index: usize) -> Option<i32> {
+        self.members[index].process.as_ref().and_then(Process::pid)
     }
 
     /// Starts it for the first time, or again with the data that it has.
     pub fn start_member(&mut self, index: usize) -> Result<(), DemoError> {
         let member = &self.members[index];
-        let directory = self.base.join(&member.name);
+        let url = |port: &Port| member.url(port);
+        let directory = self.directory(index);
         std::fs::create_dir_all(&directory)
             .map_err(|error| DemoError::failed(format!("make {}", directory.display()), error))?;
         let options = [
@@ -66,7 +89,7 @@ impl Etcd {
         ];
         let arguments: Vec<OsString> = options.iter().flat_map(|(name, value)| [name.into(), value.into()]).collect();
         let log = directory.join("etcd.log");
-        let process = Process::spawn(&member.name, &self.program, &arguments, &[], &directory, &log)?;
+        let process = Process::spawn(&member.name, &member.host, &self.program, &arguments, &directory, &log)?;
         self.members[index].process = Some(process);
         Ok(())
     }
@@ -76,12 +99,8 @@ impl Etcd {
     }
 
     fn initial_cluster(&self) -> String {
-        let members: Vec<String> = self.members.iter().map(|m| format!("{}={}", m.name, url(&m.peer))).collect();
+        let members: Vec<String> = self.members.iter().map(|m| format!("{}={}", m.name, m.url(&m.peer))).collect();
         members.join(",")
-    }
-
-    fn token(&self) -> String {
-        format!("pgvigil-{}", self.members[0].peer.number)
     }
 
     /// Takes the data of a stopped member away: it starts as a new one.
@@ -92,7 +111,13 @@ impl Etcd {
 
     /// A backup of everything, as an operator takes it.
     pub fn snapshot(&self, file: &Path) -> Result<(), DemoError> {
-        self.etcdctl(&["--endpoints", &url(&self.members[0].client), "snapshot", "save", &file.display().to_string()])
+        self.etcdctl(&[
+            "--endpoints",
+            &self.members[0].url(&self.members[0].client),
+            "snapshot",
+            "save",
+            &file.display().to_string(),
+        ])
     }
 
     /// Lets a stopped member begin from a backup. `new_id`: as a new cluster, with another id.
@@ -113,7 +138,7 @@ impl Etcd {
             "--initial-cluster-token",
             &token,
             "--initial-advertise-peer-urls",
-            &url(&member.peer),
+            &member.peer_url(),
         ])
     }
 
@@ -157,8 +182,14 @@ impl Etcd {
     }
 }
 
-fn url(port: &Port) -> String {
-    format!("http://127.0.0.1:{}", port.number)
+impl EtcdMember {
+    fn url(&self, port: &Port) -> String {
+        format!("http://{}:{}", self.host.address, port.number)
+    }
+
+    pub fn peer_url(&self) -> String {
+        self.url(&self.peer)
+    }
 }
 
 /// A program on the PATH, or where Debian keeps servers.

@@ -6,7 +6,6 @@
 
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{
@@ -18,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::processes;
 use super::writer::Writer;
-use super::{Cluster, DemoError, Options, sql};
+use super::{Cluster, DemoError, Disk, Options, sql};
 use crate::guardian::wire::{self, Clocks, How, MAX_ANSWER, Request, Status};
 
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -357,56 +356,6 @@ async fn freeze(options: Options, runs: u32, device: &Path) -> Result<Value, Dem
         "blocked_at_thaw": blocked,
         "lost_rows": lost,
     }))
-}
-
-/// PostgreSQL's own file system.
-struct Disk {
-    mounted: PathBuf,
-}
-
-impl Disk {
-    /// Mounts it in place of `directory`, with the same owner.
-    async fn mount(device: &Path, directory: PathBuf) -> Result<Disk, DemoError> {
-        use std::os::unix::fs::MetadataExt;
-        let failed = |error| DemoError::failed(format!("prepare {}", directory.display()), error);
-        let owner = std::fs::metadata(&directory).map_err(failed)?;
-        run("mount", &[device, &directory]).await?;
-        let disk = Disk { mounted: directory.clone() };
-        std::os::unix::fs::chown(&directory, Some(owner.uid()), Some(owner.gid())).map_err(failed)?;
-        Ok(disk)
-    }
-
-    async fn freeze(&self) -> Result<(), DemoError> {
-        run("fsfreeze", &[Path::new("-f"), &self.mounted]).await
-    }
-
-    /// It may not be frozen.
-    fn thaw(&self) {
-        quietly("fsfreeze", &[Path::new("-u"), &self.mounted]);
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        self.thaw();
-        // Out of the tree at once, whoever still works there: the cluster removes its directory.
-        quietly("umount", &[Path::new("-l"), &self.mounted]);
-    }
-}
-
-async fn run(program: &str, arguments: &[&Path]) -> Result<(), DemoError> {
-    let failed = |why: &dyn std::fmt::Display| DemoError::failed(format!("run {program}"), why);
-    let run = tokio::process::Command::new(program).args(arguments).stdin(Stdio::null()).output();
-    let output = run.await.map_err(|error| failed(&error))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(failed(&String::from_utf8_lossy(&output.stderr).trim()))
-}
-
-fn quietly(program: &str, arguments: &[&Path]) {
-    let mut command = std::process::Command::new(program);
-    let _ = command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
 }
 
 fn rounded(value: f64) -> f64 {

@@ -2,21 +2,25 @@
 
 use std::fmt::Write;
 use std::fs;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
 
-use super::DemoError;
 use super::ports::Port;
 use super::processes::{self, Process};
+use super::{DemoError, Host};
 
 pub struct Member {
     pub name: String,
     pub directory: PathBuf,
+    pub host: Host,
     pub port: u16,
     pub api_port: u16,
-    _ports: [Port; 2],
+    pub endpoint_port: u16,
+    pub read_only_port: u16,
+    _ports: [Port; 4],
     agent: Option<Process>,
 }
 
@@ -75,27 +79,33 @@ impl Owner {
 pub struct Common {
     pub cluster: String,
     pub etcd: Vec<String>,
-    /// name, PostgreSQL's port, agent's port
-    pub members: Vec<(String, u16, u16)>,
+    /// Name, address, PostgreSQL's port, agent's port.
+    pub members: Vec<(String, IpAddr, u16, u16)>,
     pub durability: String,
     /// `ttl = "8s"` and the like, for `[lease]`.
     pub lease: String,
     pub etcd_try_timeout: String,
     /// Lines of [postgresql.parameters].
     pub parameters: String,
+    /// Lines of [endpoint] besides its ports; `None`: no endpoint.
+    pub endpoint: Option<String>,
     pub log_level: String,
 }
 
 impl Member {
-    pub fn new(base: &Path, name: &str, port: Port, api_port: Port) -> Member {
-        let (number, api_number) = (port.number, api_port.number);
+    /// `ports`: PostgreSQL's, the agent's, the endpoint's two.
+    pub fn new(base: &Path, name: &str, host: Host, ports: [Port; 4]) -> Member {
+        let [port, api_port, endpoint_port, read_only_port] = [0, 1, 2, 3].map(|at: usize| ports[at].number);
         let directory = base.join(name);
         Member {
             name: name.to_owned(),
             directory,
-            port: number,
-            api_port: api_number,
-            _ports: [port, api_port],
+            host,
+            port,
+            api_port,
+            endpoint_port,
+            read_only_port,
+            _ports: ports,
             agent: None,
         }
     }
@@ -113,7 +123,17 @@ impl Member {
     }
 
     pub fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.api_port)
+        format!("http://{}:{}", self.host.address, self.api_port)
+    }
+
+    /// Of its PostgreSQL.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.host.address, self.port)
+    }
+
+    /// Of its endpoint's read-write port.
+    pub fn endpoint(&self) -> SocketAddr {
+        SocketAddr::new(self.host.address, self.endpoint_port)
     }
 
     pub fn write_files(&self, owner: &Owner, common: &Common) -> Result<(), DemoError> {
@@ -146,31 +166,41 @@ impl Member {
             at("state"),
             common.durability
         );
-        for (name, port, api_port) in &common.members {
+        for (name, host, port, api_port) in &common.members {
             // Writing to a String cannot fail.
             let _ = write!(
                 text,
-                "\n[[members]]\nname = {name:?}\nhost = \"127.0.0.1\"\nport = {port}\napi_port = {api_port}\n"
+                "\n[[members]]\nname = {name:?}\nhost = \"{host}\"\nport = {port}\napi_port = {api_port}\n"
             );
         }
         let _ = write!(
             text,
-            "\n[etcd]\nendpoints = {:?}\ntry_timeout = {:?}\n\n[lease]\n{}\n\n[postgresql]\ndata_dir = {}\nos_user = {:?}\nlisten = \"127.0.0.1\"\n\
+            "\n[etcd]\nendpoints = {:?}\ntry_timeout = {:?}\n\n[lease]\n{}\n\n[postgresql]\ndata_dir = {}\nos_user = {:?}\nlisten = \"{}\"\n\
              socket_dir = {}\nsuperuser_password_file = {}\ninternal_password_file = {}\n\
-             hba = [\"host all all 127.0.0.1/32 scram-sha-256\"]\n\n[postgresql.parameters]\n{}\n\n[api]\n\
-             listen = \"127.0.0.1:{}\"\n\n[log]\nlevel = {:?}\n",
+             hba = [\"host all all {} scram-sha-256\"]\n\n[postgresql.parameters]\n{}\n\n[api]\n\
+             listen = \"{}:{}\"\n\n[log]\nlevel = {:?}\n",
             common.etcd,
             common.etcd_try_timeout,
             common.lease,
             at("pg/data"),
             owner.name,
+            self.host.listen,
             at("run"),
             at("superuser.password"),
             at("internal.password"),
+            self.host.clients,
             common.parameters,
+            self.host.address,
             self.api_port,
             common.log_level,
         );
+        if let Some(lines) = &common.endpoint {
+            let (port, read_only) = (self.endpoint_port, self.read_only_port);
+            let _ = write!(
+                text,
+                "\n[endpoint]\nlisten = [\"127.0.0.1:{port}\"]\nlisten_read_only = [\"127.0.0.1:{read_only}\"]\n{lines}\n"
+            );
+        }
         text
     }
 
@@ -182,7 +212,7 @@ impl Member {
         }
         let arguments = ["agent".into(), "--config".into(), self.config_file().into()];
         let name = format!("agent {}", self.name);
-        self.agent = Some(Process::spawn(&name, binary, &arguments, &[], &self.directory, &self.agent_log())?);
+        self.agent = Some(Process::spawn(&name, &self.host, binary, &arguments, &self.directory, &self.agent_log())?);
         Ok(())
     }
 

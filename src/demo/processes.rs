@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 
-use super::DemoError;
+use super::{DemoError, Host};
 
 /// How often the process table is read while waiting for processes that are not our children; they send us no event.
 const LOOK: Duration = Duration::from_millis(10);
@@ -26,9 +26,9 @@ impl Process {
     /// Its own process group: Ctrl-C in the terminal is for the demo, which then ends everything in order.
     pub fn spawn(
         name: &str,
+        host: &Host,
         program: &Path,
         arguments: &[OsString],
-        environment: &[(&str, &str)],
         directory: &Path,
         log: &Path,
     ) -> Result<Process, DemoError> {
@@ -39,9 +39,9 @@ impl Process {
             .open(log)
             .map_err(|error| DemoError::failed(what(), format!("{}: {error}", log.display())))?;
         let errors = log.try_clone().map_err(|error| DemoError::failed(what(), error))?;
-        let child = Command::new(program)
-            .args(arguments)
-            .envs(environment.iter().copied())
+        let (first, rest) = host.command(program, arguments);
+        let child = Command::new(first)
+            .args(rest)
             .current_dir(directory)
             .stdin(Stdio::null())
             .stdout(log)
@@ -189,7 +189,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let log = directory.path().join("log");
         let sleep = |name: &str| {
-            Process::spawn(name, Path::new("sleep"), &["1000".into()], &[], directory.path(), &log).unwrap()
+            Process::spawn(name, &Host::default(), Path::new("sleep"), &["1000".into()], directory.path(), &log)
+                .unwrap()
         };
         let mut first = sleep("first");
         let pid = first.pid().unwrap();

@@ -7,13 +7,11 @@ use serde::Serialize;
 
 use super::sql::Login;
 use super::writer::Writer;
-use super::{Cluster, DemoError};
+use super::{CLIENTS, Cluster, DemoError};
 use crate::client::ClientError;
 
 /// Longest wait for a cluster to be whole again: a clone of an empty database takes seconds.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// Clients that write during a fault.
-const CLIENTS: usize = 2;
 /// How long writers run before and after a fault, so that a gap at its edges is seen.
 const MARGIN: Duration = Duration::from_millis(500);
 /// How long a second primary is looked for after the first sign of the new one.

@@ -1,5 +1,6 @@
 //! Connections to a member's PostgreSQL, each with its driver task, ended together.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
@@ -54,12 +55,16 @@ impl std::ops::Deref for Session {
     }
 }
 
-/// One address, one try, one deadline.
 pub async fn connect(port: u16, login: &Login, within: Duration) -> Result<Session, String> {
+    connect_to(SocketAddr::from((Ipv4Addr::LOCALHOST, port)), login, within).await
+}
+
+/// One address, one try, one deadline.
+pub async fn connect_to(at: SocketAddr, login: &Login, within: Duration) -> Result<Session, String> {
     let mut config = Config::new();
     config
-        .host("127.0.0.1")
-        .port(port)
+        .host(at.ip().to_string())
+        .port(at.port())
         .user(&login.user)
         .password(&login.password)
         .dbname(&login.database)

@@ -5,6 +5,7 @@
 //! error.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -34,7 +35,7 @@ const INSERT: &str = "INSERT INTO writes (id, client) VALUES ($1, $2)";
 #[derive(Clone, Debug)]
 pub struct Address {
     pub member: String,
-    pub port: u16,
+    pub at: SocketAddr,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +75,13 @@ pub struct Checked {
 #[derive(Clone, Default)]
 pub struct Ids(Arc<AtomicI64>);
 
+impl Ids {
+    /// For writers of one table in processes of their own: each begins where no other will come.
+    pub fn after(first: i64) -> Ids {
+        Ids(Arc::new(AtomicI64::new(first)))
+    }
+}
+
 impl Writer {
     /// `clients` clients that go wherever writes are taken, like a libpq DSN with several hosts and
     /// `target_session_attrs=read-write`.
@@ -96,7 +104,7 @@ impl Writer {
         for (number, servers) in clients.into_iter().enumerate() {
             let client = Client {
                 number: i32::try_from(number).unwrap_or(i32::MAX),
-                servers: servers.into_iter().map(|index| (index, addresses[index].port)).collect(),
+                servers: servers.into_iter().map(|index| (index, addresses[index].at)).collect(),
                 login: login.clone(),
                 ids: ids.clone(),
                 record: record.clone(),
@@ -227,8 +235,8 @@ fn overlaps(rows: &[Acknowledged]) -> Vec<Acknowledged> {
 
 struct Client {
     number: i32,
-    /// Index and port of the servers that it may go to.
-    servers: Vec<(usize, u16)>,
+    /// Index and address of the servers that it may go to.
+    servers: Vec<(usize, SocketAddr)>,
     login: Login,
     ids: Ids,
     record: Arc<Mutex<Record>>,
@@ -258,8 +266,8 @@ impl Client {
     async fn connect(&self, turn: &mut usize) -> Connected {
         loop {
             for _ in 0..self.servers.len() {
-                let (server, port) = self.servers[*turn % self.servers.len()];
-                match tokio::time::timeout(CONNECT, self.try_server(server, port)).await {
+                let (server, at) = self.servers[*turn % self.servers.len()];
+                match tokio::time::timeout(CONNECT, self.try_server(server, at)).await {
                     Ok(Some(connected)) => return connected,
                     Ok(None) | Err(_) => *turn += 1,
                 }
@@ -269,8 +277,8 @@ impl Client {
     }
 
     /// `None`: not reachable, or takes no writes. Neither is an error of a client that has other addresses to try.
-    async fn try_server(&self, server: usize, port: u16) -> Option<Connected> {
-        let session = sql::connect(port, &self.login, CONNECT).await.ok()?;
+    async fn try_server(&self, server: usize, at: SocketAddr) -> Option<Connected> {
+        let session = sql::connect_to(at, &self.login, CONNECT).await.ok()?;
         let row = session.query_one(PROBE, &[]).await.ok()?;
         let timeline = row.get::<_, Option<i32>>("timeline").and_then(|number| u32::try_from(number).ok())?;
         if row.get("read_only") {

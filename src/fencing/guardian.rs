@@ -31,7 +31,7 @@ use crate::core::Moment;
 use crate::core::names::{ClusterName, MemberName};
 use crate::core::timeline::Term;
 use crate::core::view::{Exit, Guard, GuardState};
-use crate::guardian::page::{Deadline, Page};
+use crate::guardian::page::{Deadline, GateWord, Page};
 use crate::guardian::wire::{self, Answer, Clocks, How, MAX_ANSWER, MAX_MESSAGE, Order, Request, Start, Status};
 use crate::guardian::{ALREADY_RUNNING, ControlGroup, pidfd_open, receive_with_descriptor};
 use crate::ports::{DeadlinePage, Fence, FenceError, Killed, Launch, StopSignal};
@@ -130,6 +130,7 @@ struct AgentPage {
     file: OwnedFd,
     /// Held while the page is written: it has one writer at a time. Never across an await.
     last: Mutex<Option<Deadline>>,
+    gate: Mutex<Option<GateWord>>,
 }
 
 impl DeadlinePage for AgentPage {
@@ -146,6 +147,35 @@ impl DeadlinePage for AgentPage {
         let deadline = Deadline { term: term.0, at };
         self.page.write_deadline(deadline);
         *last = Some(deadline);
+    }
+
+    fn hold_from(&self, term: Term, at: Moment) {
+        let mut gate = lock(&self.gate);
+        let mut at = to_clocks(at);
+        match *gate {
+            // Shut is for good, and a late writer of an older term says nothing.
+            Some(GateWord::Shut { term: shut }) if shut >= term.0 => return,
+            Some(GateWord::HoldFrom { term: before, .. }) if before > term.0 => return,
+            // Two renewals may be told in the wrong order.
+            Some(GateWord::HoldFrom { term: before, at: then }) if before == term.0 => {
+                at = to_clocks(to_moment(at).latest(to_moment(then)));
+            }
+            _ => {}
+        }
+        let word = GateWord::HoldFrom { term: term.0, at };
+        self.page.write_gate(word);
+        *gate = Some(word);
+    }
+
+    fn shut(&self, term: Term) {
+        let mut gate = lock(&self.gate);
+        if matches!(*gate, Some(GateWord::Shut { term: before } | GateWord::HoldFrom { term: before, .. }) if before > term.0)
+        {
+            return;
+        }
+        let word = GateWord::Shut { term: term.0 };
+        self.page.write_gate(word);
+        *gate = Some(word);
     }
 
     fn guardian_alive_at(&self) -> Moment {
@@ -181,8 +211,9 @@ impl GuardianFence {
     }
 
     /// The page's descriptor, for a process that has to read the same deadline (the endpoint's gate).
-    pub fn page_file(&self) -> Option<OwnedFd> {
-        self.shared.link()?.page.file.try_clone().ok()
+    pub fn page_file(&self) -> Option<(u64, OwnedFd)> {
+        let link = self.shared.link()?;
+        Some((link.page.page.nonce(), link.page.file.try_clone().ok()?))
     }
 
     /// Everything the guardian says, for people and tests.
@@ -225,7 +256,7 @@ impl GuardianFence {
         let link = Arc::new(Link {
             socket,
             guardian: Arc::new(guardian),
-            page: Arc::new(AgentPage { page, file, last: Mutex::new(None) }),
+            page: Arc::new(AgentPage { page, file, last: Mutex::new(None), gate: Mutex::new(None) }),
             waiting: Mutex::new(HashMap::new()),
             // The attach itself was 1.
             next_id: AtomicU64::new(2),
@@ -584,4 +615,31 @@ pub(super) fn is_dead(process: &OwnedFd) -> bool {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic while it was held left whole values: every critical section is one assignment.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_gates_word_is_for_good_once_it_is_shut() {
+        let (page, file) = Page::create(7).unwrap();
+        let agent =
+            AgentPage { page: Page::open(&file, 7).unwrap(), file, last: Mutex::new(None), gate: Mutex::new(None) };
+        let at = Moment::at;
+        agent.hold_from(Term(4), at(100));
+        agent.hold_from(Term(4), at(90));
+        assert_eq!(page.gate(), Some(GateWord::HoldFrom { term: 4, at: to_clocks(at(100)) }), "it only grows");
+        agent.shut(Term(4));
+        agent.hold_from(Term(4), at(200));
+        assert_eq!(page.gate(), Some(GateWord::Shut { term: 4 }), "a renewal on its way opens nothing");
+        agent.hold_from(Term(5), at(300));
+        agent.shut(Term(4));
+        agent.hold_from(Term(4), at(400));
+        assert_eq!(
+            page.gate(),
+            Some(GateWord::HoldFrom { term: 5, at: to_clocks(at(300)) }),
+            "late words of an older term"
+        );
+    }
 }

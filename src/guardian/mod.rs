@@ -48,6 +48,7 @@ use std::process::ExitCode;
 
 pub use group::ControlGroup;
 pub use processes::Processes;
+pub use run::now;
 pub use start::{ALREADY_RUNNING, lock_file};
 pub use sys::{pidfd_open, receive_with_descriptor};
 

@@ -1,13 +1,13 @@
 //! The deadline page: one page of shared memory per attachment. The agent writes F without a system call, the guardian
 //! writes when it was last alive, and whoever was handed the descriptor (the endpoint's gate) may read both.
 //!
-//! Two records, each under a sequence counter that is odd while it is being written. A writer that dies or is stopped in
+//! Three records, each under a sequence counter that is odd while it is being written. A writer that dies or is stopped in
 //! the middle leaves the counter odd: the reader keeps what it read before, so a half-written F is never taken.
 //!
 //! ```text
-//! cell 0   magic        16 agent's counter          32 guardian's counter
-//!      1   nonce        17 term                     33..36 alive at (raw, monotonic, boottime)
-//!                       18..21 F
+//! cell 0   magic        16 agent's counter          32 guardian's counter                        48 agent's counter
+//!      1   nonce        17 term                     33..36 alive at (raw, monotonic, boottime)   49 term
+//!                       18..21 F                                                                50..53 the gate holds from
 //! ```
 
 use std::io;
@@ -23,12 +23,25 @@ use super::wire::Clocks;
 const MAGIC: u64 = u64::from_le_bytes(*b"pgvpage1");
 const DEADLINE: usize = 16;
 const ALIVE: usize = 32;
+const GATE: usize = 48;
 
 /// A write takes nanoseconds; a counter that stays odd this often belongs to a writer that was stopped in the middle.
 const TRIES: usize = 100;
 
 pub struct Page {
     cells: SharedCells,
+}
+
+/// Since ever: the gate of this term is shut and stays so.
+const SHUT: Clocks = Clocks { raw: 0, monotonic: 0, boottime: 0 };
+
+/// What the agent says to the endpoint's gate; the guardian does not look at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GateWord {
+    /// From then on nothing passes until a later word moves it (protocol §3).
+    HoldFrom { term: u64, at: Clocks },
+    /// The holder of this term is finished: nothing passes any more.
+    Shut { term: u64 },
 }
 
 /// What the agent wrote: F of a term.
@@ -77,6 +90,27 @@ impl Page {
     pub fn deadline(&self) -> Option<Deadline> {
         let [term, raw, monotonic, boottime] = self.read(DEADLINE)?;
         Some(Deadline { term, at: Clocks { raw, monotonic, boottime } })
+    }
+
+    /// One writer at a time, as for the deadline.
+    pub fn write_gate(&self, word: GateWord) {
+        let (term, at) = match word {
+            GateWord::HoldFrom { term, at } => (term, at),
+            GateWord::Shut { term } => (term, SHUT),
+        };
+        self.write(GATE, [term, at.raw, at.monotonic, at.boottime]);
+    }
+
+    /// `None`: never written, or being written by somebody who does not go on.
+    pub fn gate(&self) -> Option<GateWord> {
+        let [term, raw, monotonic, boottime] = self.read(GATE)?;
+        let at = Clocks { raw, monotonic, boottime };
+        Some(if at == SHUT { GateWord::Shut { term } } else { GateWord::HoldFrom { term, at } })
+    }
+
+    /// No deadline was ever written into it.
+    pub fn is_new(&self) -> bool {
+        self.cells.cell(DEADLINE).load(Ordering::Acquire) == 0
     }
 
     pub fn write_alive(&self, now: Clocks) {

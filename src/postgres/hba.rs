@@ -31,12 +31,25 @@ pub fn hba_file(config: &Config) -> String {
     }
     lines.push(format!("local all,replication {REPLICATION},{REWIND} reject"));
     lines.push(format!("host all,replication {REPLICATION},{REWIND} all reject"));
-    lines.push("# postgresql.hba".to_owned());
-    lines.extend(config.postgresql.hba.iter().cloned());
-    lines.push("# Whoever is on this host shows a password; nobody else comes in.".to_owned());
-    lines.push("local all all scram-sha-256".to_owned());
-    for address in loopback() {
-        lines.push(format!("host all all {address} scram-sha-256"));
+    if config.direct() {
+        lines.push("# postgresql.hba".to_owned());
+        lines.extend(config.postgresql.hba.iter().cloned());
+        lines.push("# Whoever is on this host shows a password; nobody else comes in.".to_owned());
+        lines.push("local all all scram-sha-256".to_owned());
+        for address in loopback() {
+            lines.push(format!("host all all {address} scram-sha-256"));
+        }
+    } else {
+        lines.push(
+            "# postgresql.hba, as far as it is not of clients on the network: those come through the endpoint."
+                .to_owned(),
+        );
+        lines.extend(config.postgresql.hba.iter().filter(|line| through_socket_or_replication(line)).cloned());
+        lines.push(
+            "# The endpoint's clients, and whoever is on this host, show a password over the unix socket.".to_owned(),
+        );
+        lines.push("local all all scram-sha-256".to_owned());
+        lines.push("host all all all reject".to_owned());
     }
     lines.push(String::new());
     lines.join("\n")
@@ -46,6 +59,13 @@ pub fn ident_file() -> String {
     let user = agent_user().unwrap_or_default();
     let line = if user.is_empty() { String::new() } else { format!("{MAP} \"{user}\" {AGENT}\n") };
     format!("# Written by pgvigil: the agent's operating system user is the role {AGENT}.\n{line}")
+}
+
+/// What is left of the operator's lines where clients come through the endpoint: the unix socket's, and tools that stream.
+fn through_socket_or_replication(line: &str) -> bool {
+    let mut words = line.split_whitespace();
+    let kind = words.next();
+    kind == Some("local") || words.next().is_some_and(|databases| databases == "replication")
 }
 
 fn agent_user() -> Option<String> {

@@ -9,7 +9,7 @@
 //!
 //! One noun a file: `session` (wire), `layout` and `files`, `settings` and `hba`, `controldata`, `timelines`,
 //! `data_directory`, `roles` (bootstrap), `start`, `observe`, `follow`, `seal`, `promote`, `enforce`, `slots`, `clone`,
-//! `rewind`, `set_aside`, `programs` and `processes`.
+//! `rewind`, `kept`, `set_aside`, `programs` and `processes`.
 
 mod clone;
 mod controldata;
@@ -18,13 +18,14 @@ mod enforce;
 mod files;
 mod follow;
 mod hba;
+mod kept;
 mod layout;
 mod observe;
 mod processes;
 mod programs;
 mod promote;
 mod rewind;
-mod roles;
+pub(crate) mod roles;
 mod seal;
 mod session;
 mod set_aside;
@@ -44,7 +45,7 @@ use crate::config::Config;
 use crate::core::Lsn;
 use crate::core::names::MemberName;
 use crate::core::plan::{Follow, PromoteOrder, SyncRule};
-use crate::core::records::Position;
+use crate::core::records::{KeptWal, Position};
 use crate::core::timeline::{History, TimelineId};
 use crate::core::view::{DataDirectory, Guard, LocalPostgres};
 use crate::ports::{Launch, Postgres, PostgresError, Progress, Promotion, Source, StartMode};
@@ -306,6 +307,10 @@ impl Postgres for LocalServer {
         timeline: TimelineId,
     ) -> Result<String, PostgresError> {
         rewind::rewind(self, source, leader_history, timeline).await
+    }
+
+    async fn kept(&self) -> Vec<KeptWal> {
+        kept::reports(&self.layout.diverged)
     }
 
     async fn set_aside(&self, why: &str) -> Result<PathBuf, PostgresError> {

@@ -4,23 +4,17 @@
 //! own verdict is not trusted: on a number that was used twice it says "no rewind required" (finding 7), so the lines are
 //! compared here, and a verdict that contradicts them is an error.
 
-use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use crate::core::Lsn;
 use crate::core::timeline::{History, TimelineId};
 use crate::ports::{PostgresError, Source};
 
-use super::controldata::ControlFile;
 use super::files::{self, broken};
-use super::layout::{history_name, names_in, segment_number, segment_timeline};
 use super::programs::Run;
 use super::session::{Address, Login, Session, SessionError};
-use super::set_aside::{size_of, utc};
-use super::{LocalServer, clone, data_directory, roles, start, timelines};
+use super::{LocalServer, clone, data_directory, kept, roles, start, timelines};
 
 /// How long the leader may take for the checkpoint after its promotion. Without it pg_rewind (before 16) goes by the old
 /// timeline in the leader's control file.
@@ -45,7 +39,7 @@ pub async fn rewind(
         return Err(broken(&what, why));
     };
     leader_has_checkpointed(server, source, timeline, &what).await?;
-    let kept = keep_diverged(server, &control, own, &own_history, parted).await?;
+    let kept = kept::keep(server, &control, own, &own_history, parted).await?;
 
     if !control.state.cleanly_stopped() {
         recover_alone(server, &what).await?;
@@ -147,99 +141,4 @@ async fn leader_has_checkpointed(
     };
     let what = format!("{what}: wait for its checkpoint on timeline {timeline}");
     has.await.map_err(|e: SessionError| e.during(what, LEADER_CHECKPOINT))
-}
-
-// === What only this member had ===
-
-async fn keep_diverged(
-    server: &LocalServer,
-    control: &ControlFile,
-    own: TimelineId,
-    own_history: &History,
-    (parted_on, parted_at): (TimelineId, Lsn),
-) -> Result<String, PostgresError> {
-    let layout = &server.layout;
-    let what = "keep the WAL that only this member has";
-    // WAL on our line from the divergence on: the common timeline itself, and ours that came after it.
-    let mut line: Vec<TimelineId> = own_history.0.iter().map(|e| e.timeline).filter(|t| *t >= parted_on).collect();
-    line.push(own);
-    let segment_size = u64::from(control.wal_segment_size);
-    let first = parted_at.0.checked_div(segment_size).unwrap_or(0);
-    let wal_dir = layout.wal_dir();
-    let names = names_in(&wal_dir).map_err(|e| broken(what, format!("list {}: {e}", wal_dir.display())))?;
-    let names: Vec<String> = names
-        .into_iter()
-        .filter(|name| segment_timeline(name).is_some_and(|t| line.contains(&t)))
-        .filter(|name| segment_number(name, segment_size).is_some_and(|n| n >= first))
-        .collect();
-
-    let directory = layout.diverged.join(utc());
-    server.owner.directory(&directory)?;
-    let budget = server.config.postgresql.set_aside_budget.saturating_sub(size_of(&layout.diverged));
-    let mut used = 0;
-    let mut beyond = 0;
-    for name in &names {
-        used += segment_size;
-        if used > budget {
-            beyond += 1;
-            continue;
-        }
-        copy(&wal_dir.join(name), &directory.join(name), what)?;
-    }
-    for timeline in line.iter().filter(|t| layout.history_file(**t).exists()) {
-        copy(&layout.history_file(*timeline), &directory.join(history_name(*timeline)), what)?;
-    }
-    let report = directory.join("transactions.txt");
-    let count = list_transactions(server, &line, (own_history, parted_at), &report).await?;
-    files::sync_parent(&report)?;
-    if beyond > 0 {
-        tracing::warn!(
-            segments = beyond, directory = %directory.display(),
-            "not all WAL that only this member had is kept: postgresql.set_aside_budget is used up"
-        );
-    }
-    Ok(format!("{count} transactions were only here, listed in {}", report.display()))
-}
-
-fn copy(from: &Path, to: &Path, what: &str) -> Result<(), PostgresError> {
-    let copied = fs::copy(from, to).and_then(|_| fs::File::open(to)?.sync_all());
-    copied.map_err(|e| broken(what, format!("copy {} to {}: {e}", from.display(), to.display())))
-}
-
-/// pg_waldump reads each timeline of the line by itself and ends with an error where the WAL ends, so its status says
-/// nothing; what it printed until then is the list.
-async fn list_transactions(
-    server: &LocalServer,
-    line: &[TimelineId],
-    (own_history, parted_at): (&History, Lsn),
-    report: &Path,
-) -> Result<usize, PostgresError> {
-    let what = "list the transactions that only this member has";
-    let program = server.program("pg_waldump")?;
-    let mut text = String::new();
-    let mut from = parted_at;
-    for timeline in line {
-        let mut arguments = vec![
-            "--path".to_owned(),
-            server.layout.wal_dir().display().to_string(),
-            "--timeline".to_owned(),
-            timeline.to_string(),
-            "--start".to_owned(),
-            from.to_string(),
-            "--rmgr=Transaction".to_owned(),
-        ];
-        let end = own_history.switch_from(*timeline);
-        if let Some(end) = end.filter(|end| *end > from) {
-            arguments.extend(["--end".to_owned(), end.to_string()]);
-        }
-        if end.is_none_or(|end| end > from) {
-            let run = Run { what, program: program.clone(), arguments, input: None, owner: &server.owner };
-            text.push_str(&run.finish(|_| ()).await?.output);
-            text.push('\n');
-        }
-        from = end.unwrap_or(from).max(parted_at);
-    }
-    let count = text.lines().filter(|line| line.contains("COMMIT")).count();
-    server.owner.write(report, &text, true)?;
-    Ok(count)
 }

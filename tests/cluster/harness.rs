@@ -65,7 +65,7 @@ impl Plain {
     }
 
     fn address(&self) -> Address {
-        Address { member: "plain".to_owned(), port: self.port }
+        Address { member: "plain".to_owned(), at: ([127, 0, 0, 1], self.port).into() }
     }
 
     async fn execute(&self, statement: &str) {
@@ -91,7 +91,7 @@ impl Drop for Plain {
 async fn the_writer_sees_outages_errors_and_lost_rows() {
     let plain = Plain::start();
     plain.execute("CREATE TABLE writes (id bigint PRIMARY KEY, client int)").await;
-    let nobody = Address { member: "nobody".to_owned(), port: 1 };
+    let nobody = Address { member: "nobody".to_owned(), at: ([127, 0, 0, 1], 1).into() };
     let mut writer = Writer::start(vec![nobody, plain.address()], &plain.login(), &Ids::default(), 2);
     assert!(writer.acknowledged_after(Instant::now(), PATIENCE).await);
     assert_eq!(writer.error_count(), 0, "an address where nobody listens is no error");

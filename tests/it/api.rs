@@ -64,6 +64,7 @@ async fn start_with(view: View, change: impl FnOnce(&mut ApiConfig)) -> Server {
     let (ask, requests) = mpsc::channel(8);
     let clock = Arc::new(StandingClock::default());
     let api = Api {
+        endpoint: watch::channel(None).1,
         config,
         cluster: ClusterName::new("maas").unwrap(),
         answers: Arc::new(Answers {
@@ -153,6 +154,7 @@ fn with_request(id: &str, outcome: Option<Outcome>) -> View {
         timeout_ms: 1_000,
         began: None,
         outcome,
+        force: None,
     };
     let add = |records: &mut ClusterRecords| {
         records.requests.insert(id.to_owned(), Keyed { revision: 1, value });

@@ -275,6 +275,7 @@ async fn refusals_write_nothing(store: &dyn Store, cluster: &ClusterName) {
             timeout_ms: 0,
             began: None,
             outcome: None,
+            force: None,
         })
     };
     let large = request("r", &"x".repeat(70_000));

@@ -26,7 +26,7 @@ pub fn two_standbys(t: &Toy) -> bool {
 }
 
 pub fn ask(toy: &mut Toy, what: Operation) {
-    let began = what.begun_when_asked(toy.records.leader());
+    let began = what.begun_when_asked(toy.records.leader(), toy.leader().is_none());
     let request = Request {
         id: "r1".to_owned(),
         what,
@@ -35,6 +35,7 @@ pub fn ask(toy: &mut Toy, what: Operation) {
         timeout_ms: 60_000,
         began,
         outcome: None,
+        force: None,
     };
     toy.records.revision += 1;
     toy.records.requests.insert("r1".to_owned(), Keyed { revision: toy.records.revision, value: request });

@@ -166,7 +166,7 @@ fn an_older_store_elects_nobody() {
 #[test]
 fn an_election_that_cannot_end_well_is_not_begun() {
     let mut view = silent(secs(9));
-    view.memory.beats.retain(|n, _| *n == name("b"));
+    view.memory.spoke.retain(|n, _| *n == name("b"));
     let plan = decide(&view);
     assert_eq!(plan.rule, "takeover.wait");
     assert!(plan.reason.contains("waiting for a and c"), "{}", plan.reason);
@@ -214,6 +214,32 @@ fn what_does_not_belong_together_is_refused() {
         );
     }
     assert_ne!(decide(&led().seen_by("b")).rule, "identity.refused");
+}
+
+/// S7: a copy of a member, state file and all, started elsewhere: same name, same incarnation.
+#[test]
+fn a_copy_of_a_member_waits_until_the_original_is_silent() {
+    let refused = |view: &View| decide(view).rule == "identity.name_in_use";
+    let mut copy = led().seen_by("b");
+    assert!(!refused(&copy), "a restart of the agent under the same kernel");
+    copy.me.start_counter = 2;
+    copy.me.boot_id = "another host".to_owned();
+    assert!(refused(&copy));
+    assert!(decide(&copy).steps.iter().all(|step| matches!(step, Step::Remember { .. })), "nothing is touched");
+    copy.now = copy.now.plus(secs(7));
+    assert!(!refused(&copy), "nobody speaks: a reboot");
+
+    // On the same host, from another directory.
+    let mut copy = led().seen_by("b");
+    copy.me.start_counter = 2;
+    copy.me.api_url = "http://b.example:9008".to_owned();
+    assert!(refused(&copy));
+
+    // The original leads: a copy that spoke while it was cut off does not make it begin another life.
+    let mut original = led().seen_by("a");
+    let record = &mut records(&mut original).members.get_mut(&name("a")).unwrap().value;
+    (record.start_counter, record.boot_id) = (9, "another host".to_owned());
+    assert!(!decide(&original).rule.starts_with("identity."), "{}", decide(&original).rule);
 }
 
 #[test]
@@ -550,7 +576,7 @@ fn judged(seals: &[(&str, u64, &str, u32, Lsn)]) -> Verdict {
 fn winner_of(verdict: &Verdict) -> Option<String> {
     match verdict {
         Verdict::Elected(elected) => Some(elected.winner.member.name.to_string()),
-        Verdict::Waiting { .. } | Verdict::Impossible { .. } => None,
+        Verdict::Waiting { .. } | Verdict::Copying(_) | Verdict::Impossible { .. } => None,
     }
 }
 
@@ -575,6 +601,39 @@ fn the_line_of_history_decides_and_not_the_number() {
     assert_eq!(winner_of(&early), Some("b".to_owned()), "both are on the way to it");
 }
 
+/// S3: nothing is copied over WAL of another history, and nobody leads before everything is copied.
+#[test]
+fn only_who_is_on_the_way_to_it_copies_from_who_must_not_lead() {
+    let copies = |c: (u32, Lsn)| {
+        let mut view = led().seen_by("b");
+        let record = leader(&mut view);
+        (record.holder, record.term) = (id("c"), Term(5));
+        let record = record.clone();
+        let r = records(&mut view);
+        r.members.values_mut().for_each(|m| m.value.replayed = None);
+        r.membership = Entry::Present(Keyed {
+            revision: 9,
+            value: Membership { term: Term(4), members: ["a", "b", "c"].map(name).into() },
+        });
+        for (n, (timeline, at)) in [("b", (1, END)), ("c", c)] {
+            let position =
+                Position { timeline: TimelineId(timeline), replayed: at, received: at, history: Default::default() };
+            let mut seal =
+                SealRecord { term: Term(5), incarnation: id(n).incarnation, position, tags: Default::default() };
+            seal.tags.nofailover = n == "b";
+            r.seals.insert(name(n), Keyed { revision: 70, value: seal });
+        }
+        judge(r, &record, 1 << 20, None)
+    };
+    match copies((1, lag(8))) {
+        Verdict::Copying(copying) => assert_eq!((copying.by, copying.from, copying.end), (name("c"), name("b"), END)),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(winner_of(&copies((1, END))), Some("c".to_owned()));
+    let other_history = copies((7, lag(8)));
+    assert!(matches!(other_history, Verdict::Impossible { .. }), "{other_history:?}");
+}
+
 #[test]
 fn a_disk_of_the_past_is_not_counted() {
     let mut view = led().seen_by("b");
@@ -596,6 +655,7 @@ fn a_disk_of_the_past_is_not_counted() {
 #[test]
 fn a_state_file_of_the_past_begins_a_new_incarnation() {
     let mut view = led().seen_by("b");
+    view.now = view.now.plus(secs(7));
     view.me.start_counter = 3;
     assert_ne!(decide(&view).rule, "identity.restored");
     records(&mut view).members.get_mut(&name("b")).unwrap().value.start_counter = 4;
@@ -614,4 +674,66 @@ fn the_lint_refuses_a_takeover_that_does_not_compare_the_lease() {
     };
     assert!(!refused(&view, take(Transaction::when(Key::Leader, 50).and(Key::Lease, 100))));
     assert!(refused(&view, take(Transaction::when(Key::Leader, 50))));
+}
+
+/// S1: in async only the end of the lease, or a release, ends whoever holds the term.
+#[test]
+fn the_lint_refuses_an_async_takeover_before_w() {
+    let take = |mode: Durability, silence: Duration| {
+        let mut view = silent(silence);
+        let Entry::Present(claim) = &mut records(&mut view).sync else { panic!("there is a claim") };
+        claim.value.mode = mode;
+        let mut record = leader(&mut view).clone();
+        (record.holder, record.term) = (id("b"), Term(5));
+        record.state = LeaderState::Electing { coordinator: name("b"), preferred: None, winner: None };
+        let transaction = Transaction::when(Key::Leader, 50).and(Key::Lease, 100).put(Write::Leader(record));
+        refused(&view, Step::Commit { what: "test".to_owned(), transaction })
+    };
+    assert!(take(Durability::Async, secs(3)));
+    assert!(!take(Durability::Async, secs(9)));
+    assert!(!take(Durability::Sync, secs(3)));
+}
+
+/// S12: no claim is no licence, at the counting as before the election.
+#[test]
+fn without_the_claim_no_seals_are_enough() {
+    let mut view = led().seen_by("b");
+    let record = leader(&mut view);
+    (record.holder, record.term) = (id("b"), Term(5));
+    let record = record.clone();
+    let r = records(&mut view);
+    let members = ["a", "b", "c"].map(name).into();
+    r.membership = Entry::Present(Keyed { revision: 9, value: Membership { term: Term(4), members } });
+    for n in ["a", "b", "c"] {
+        let position = Position { timeline: TimelineId(1), replayed: END, received: END, history: Default::default() };
+        let seal = SealRecord { term: Term(5), incarnation: id(n).incarnation, position, tags: Default::default() };
+        r.seals.insert(name(n), Keyed { revision: 70, value: seal });
+    }
+    assert!(winner_of(&judge(r, &record, 1 << 20, None)).is_some());
+    r.sync = Entry::Absent;
+    assert!(matches!(judge(r, &record, 1 << 20, None), Verdict::Impossible { .. }));
+}
+
+/// An election is a lease like any other: past its deadline the coordinator chooses nobody.
+#[test]
+fn an_election_ends_with_its_lease() {
+    let view = |deadline_passed: bool| {
+        let mut view = led().seen_by("b");
+        let record = leader(&mut view);
+        (record.holder, record.term) = (id("b"), Term(5));
+        record.state = LeaderState::Electing { coordinator: name("b"), preferred: None, winner: None };
+        let r = records(&mut view);
+        for n in ["b", "c"] {
+            let position =
+                Position { timeline: TimelineId(1), replayed: END, received: END, history: Default::default() };
+            let seal = SealRecord { term: Term(5), incarnation: id(n).incarnation, position, tags: Default::default() };
+            r.seals.insert(name(n), Keyed { revision: 70, value: seal });
+        }
+        let deadline = if deadline_passed { view.now.minus(secs(1)) } else { view.now.plus(secs(7)) };
+        view.lease = LeaseView::Held { term: Term(5), deadline };
+        view.memory.kept_revision = Some(50);
+        decide(&view).rule
+    };
+    assert_eq!(view(false), "election.winner");
+    assert_ne!(view(true), "election.winner");
 }

@@ -21,10 +21,12 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("peers", &["ports", "config", "core"]),
     ("agent", &["ports", "config", "core"]),
     ("api", &["ports", "config", "core", "agent::status"]),
+    // The agent's side reads what the agent publishes; the gate reads the guardian's page; the router asks agents.
+    ("endpoint", &["ports", "config", "core", "client", "agent::status", "guardian", "telemetry"]),
     ("guardian", &[]),
     // The API's client: speaks JSON, knows no other part.
     ("client", &["config"]),
-    ("cli", &["app", "client", "config", "core", "demo", "api", "agent::status", "guardian", "telemetry"]),
+    ("cli", &["app", "client", "config", "core", "demo", "endpoint", "api", "agent::status", "guardian", "telemetry"]),
     // Of the guardian its words only: a deadline is asked for where its agent is stopped.
     ("demo", &["client", "config", "core", "guardian::wire", "fencing::control_group_name"]),
     ("app", ALL),

@@ -54,6 +54,7 @@ pub fn policy(durability: Durability) -> Policy {
         stop_timeout: Duration::from_secs(30),
         member_publish: Duration::from_secs(3),
         reclone: true,
+        cold_start_wait: Duration::from_secs(60),
         rejoin_timeout: Duration::from_secs(60),
         takeover: Takeover::default(),
     }
@@ -172,6 +173,7 @@ impl Toy {
                     host: "127.0.0.1".to_owned(),
                     port: 5432 + i as u16,
                     api_url: format!("http://127.0.0.1:{}", 8008 + i),
+                    endpoint: None,
                     agent_version: "0".to_owned(),
                 };
                 let member = Member {
@@ -257,7 +259,12 @@ impl Toy {
             Pg::Primary { timeline: up, history, .. } => {
                 timeline == up || history.switch_from(TimelineId(*timeline)).is_some_and(|left| *replayed <= left.0)
             }
-            _ => false,
+            // From a standby too, as far as that has come.
+            Pg::Standby { timeline: up, history, replayed: there, .. } => {
+                let left = history.switch_from(TimelineId(*timeline)).map(|left| left.0);
+                left.or((timeline == up).then_some(*there)).is_some_and(|left| *replayed <= left)
+            }
+            Pg::Down => false,
         }
     }
 
@@ -434,8 +441,10 @@ impl Toy {
             else {
                 continue;
             };
-            if let Pg::Primary { timeline: up, history: theirs, flushed, .. } = &all[&follow.upstream.member].pg {
-                (*timeline, *history, *replayed) = (*up, theirs.clone(), *flushed);
+            if let Pg::Primary { timeline: up, history: theirs, flushed: at, .. }
+            | Pg::Standby { timeline: up, history: theirs, replayed: at, .. } = &all[&follow.upstream.member].pg
+            {
+                (*timeline, *history, *replayed) = (*up, theirs.clone(), *at);
             }
         }
         for m in self.members.values_mut() {
@@ -600,6 +609,7 @@ impl Toy {
             data: m.data.clone(),
             postgres,
             guard: Guard { state: guard, real_time: true, control_group: true, death_covered: false },
+            kept: Vec::new(),
         };
         let store = if m.store {
             Store::Known { observed_at: now, records: Box::new(records) }

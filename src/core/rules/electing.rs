@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::sealing::seal;
-use super::{Facts, seconds};
+use super::{Facts, copying, seconds};
 use crate::core::election::{Elected, Verdict, judge, list};
 use crate::core::names::{MemberId, MemberName};
 use crate::core::plan::{Plan, PromoteOrder, Step, SyncRule, parse_walreceiver_name};
@@ -47,7 +47,10 @@ fn collect(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, preferred: Option<&Mem
     let give_up = began.plus(view.policy.election_give_up);
     let recovering = recovering(facts);
     // A member that cannot be sealed now (it recovers) need not hold up the others, if they are enough.
-    let cannot_seal = !matches!(view.local.postgres, LocalPostgres::Standby(_));
+    // But for the last primary in async: it alone may have commits that nobody else has.
+    let claim = facts.records.sync.value();
+    let alone = claim.is_some_and(|claim| claim.mode == Durability::Async && claim.primary == *facts.me());
+    let cannot_seal = !matches!(view.local.postgres, LocalPostgres::Standby(_)) && !alone;
     let others_suffice =
         cannot_seal && matches!(judge(facts.records, &mine.value, view.policy.max_lag, preferred), Verdict::Elected(_));
     if !own_seal && !others_suffice {
@@ -58,6 +61,20 @@ fn collect(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, preferred: Option<&Mem
         return seal(facts, term, mine.revision, &format!("electing for term {term}")).wake_at(give_up);
     }
     match judge(facts.records, &mine.value, view.policy.max_lag, preferred) {
+        Verdict::Copying(copying) => {
+            let what = copying::sentence(&copying);
+            let moved =
+                view.memory.election.filter(|e| e.term == term).and_then(|e| e.copied).map_or(began, |(_, at)| at);
+            let patience = moved.plus(view.policy.election_give_up + view.policy.member_publish * 2);
+            if view.now.all_reached(patience) {
+                return release(facts, mine, format!("{what}, but nothing has come for a while"));
+            }
+            let plan = match copying.by == facts.me().name {
+                true => copying::copy(facts, term, mine.revision, &copying),
+                false => Plan::new("election.copying", what),
+            };
+            plan.rejecting(copying.rejected).wake_at(patience)
+        }
         Verdict::Impossible { why } if !view.now.all_reached(give_up) => {
             Plan::new("election.impossible", why).wake_at(give_up)
         }
@@ -84,7 +101,12 @@ fn collect(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, preferred: Option<&Mem
                 .filter(|e| e.term == term)
                 .and_then(|e| e.enough_since)
                 .unwrap_or(view.now)
-                .plus(view.policy.election_wait);
+                // What is forced loses whatever nobody there has: everybody there gets the time to say what that is.
+                .plus(if facts.records.forced().is_some() {
+                    view.policy.election_give_up
+                } else {
+                    view.policy.election_wait
+                });
             if !outstanding.is_empty() && !view.now.all_reached(wait) {
                 return Plan::new(
                     "election.outstanding",
@@ -304,7 +326,7 @@ fn publish(
         leader: facts.me().name.clone(),
         timeline: winner.timeline,
         switch: Some(winner.switch),
-        reason: describe_change(&mine.value),
+        reason: describe_change(&mine.value, facts.records.forced().is_some()),
         at_unix_ms: 0,
         phases_ms: view.memory.phases.clone(),
     };
@@ -320,8 +342,9 @@ fn publish(
     )
 }
 
-fn describe_change(record: &LeaderRecord) -> String {
+fn describe_change(record: &LeaderRecord, forced: bool) -> String {
     match &record.last {
+        Some(last) if forced => format!("after {} (term {}), forced by a person", last.member.name, last.term),
         None => "cluster created".to_owned(),
         Some(last) => format!("after {} (term {})", last.member.name, last.term),
     }

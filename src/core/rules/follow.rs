@@ -4,6 +4,7 @@ use super::{Facts, accept, bootstrap, duties, seconds};
 use crate::core::Lsn;
 use crate::core::memory::retry_delay;
 use crate::core::names::MemberName;
+use crate::core::outlook::outlook;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::{LeaderRecord, LeaderState, Operation, Outcome};
 use crate::core::silence::{WayB, way_b};
@@ -44,7 +45,7 @@ fn follow_leader(view: &View) -> Option<Plan> {
         return Some(plan);
     }
     let failures = view.memory.crashes.len();
-    Some(match &view.local.postgres {
+    let plan = match &view.local.postgres {
         LocalPostgres::Down if leader.value.state != LeaderState::Held && !view.memory.durable.must_follow => {
             // Not in the way of a promotion that does without us.
             let since = view.memory.term_since.unwrap_or(view.now);
@@ -58,7 +59,23 @@ fn follow_leader(view: &View) -> Option<Plan> {
         LocalPostgres::Primary(_) | LocalPostgres::Unknown { .. } => {
             Plan::new("follow.wait", "PostgreSQL here is not a standby")
         }
+    };
+    Some(match silence(&facts, &leader.value) {
+        Some(silence) => Plan { reason: format!("{}; {silence}", plan.reason), ..plan },
+        None => plan,
     })
+}
+
+/// L6: whom the cluster waits for is named as soon as its leader is missed, not when its lease is over.
+fn silence(facts: &Facts<'_>, leader: &LeaderRecord) -> Option<String> {
+    let timings = &facts.view.policy.timings;
+    let silent = facts.now().since(facts.view.memory.silence?.first_seen);
+    if silent < timings.heartbeat * 3 / 2 || leader.state != LeaderState::Held {
+        return None;
+    }
+    let wait = timings.candidate_wait(std::time::Duration::from_millis(leader.ttl_ms));
+    let says = outlook(facts.view).says;
+    Some(format!("{} is silent for {} of {}: {says}", leader.holder.name, seconds(silent), seconds(wait)))
 }
 
 /// Parent timeline, and where it was left.

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use super::Facts;
 use crate::core::plan::{Plan, Step};
-use crate::core::view::{DataDirectory, View};
+use crate::core::records::MemberRecord;
+use crate::core::view::{DataDirectory, GuardState, View};
 
 /// Does this directory, this state file and this store belong together?
 pub fn belongs(view: &View) -> Option<Plan> {
@@ -57,7 +58,9 @@ pub fn belongs(view: &View) -> Option<Plan> {
 pub fn restored(view: &View) -> Option<Plan> {
     let facts = Facts::of(view)?;
     let record = &facts.records.members.get(&facts.me().name)?.value;
-    let back = record.incarnation == facts.me().incarnation && record.start_counter > view.me.start_counter;
+    // At the start only: what is written over our own record later is a copy's, and no reason to forget who we are.
+    let starts = view.memory.published.is_none() && !sits(&facts);
+    let back = record.incarnation == facts.me().incarnation && record.start_counter > view.me.start_counter && starts;
     back.then(|| {
         Plan::new(
             "identity.restored",
@@ -71,19 +74,16 @@ pub fn restored(view: &View) -> Option<Plan> {
     })
 }
 
-/// Is another agent using this member's name?
+/// Is another agent using this member's name? A copy of the member, state file and all, says so with the same incarnation.
 pub fn unique(view: &View) -> Option<Plan> {
     let facts = Facts::of(view)?;
-    let record = facts.records.members.get(&facts.me().name)?;
-    if record.value.incarnation == facts.me().incarnation {
+    let record = &facts.records.members.get(&facts.me().name)?.value;
+    // Who sits under a valid lease is not disturbed by a copy: the copy finds it speaking, and waits.
+    if sits(&facts) || is_ours(view, record) {
         return None;
     }
     // Another life of this name. If it still speaks, it is somebody else; if it is silent, it is our own past.
-    let (beat, seen) = view.memory.beats.get(&facts.me().name)?;
-    let own_past = view.memory.published.as_ref().is_some_and(|(_, ours)| ours.beat == *beat);
-    if own_past {
-        return None;
-    }
+    let (_, seen) = view.memory.beats.get(&facts.me().name)?;
     let patience: Duration = view.policy.member_publish * 2;
     let silent = facts.now().since(*seen);
     if silent >= patience {
@@ -93,13 +93,31 @@ pub fn unique(view: &View) -> Option<Plan> {
         Plan::new(
             "identity.name_in_use",
             format!(
-                "the store knows {} as incarnation {} at {}; waiting whether it still speaks, because two agents must never \
-                 share a name",
+                "the store knows {} as incarnation {} at {} (start {}); waiting whether it still speaks, because two agents \
+                 must never share a name",
                 facts.me().name,
-                record.value.incarnation,
-                record.value.api_url
+                record.incarnation,
+                record.api_url,
+                record.start_counter
             ),
         )
         .wake_at(seen.plus(patience)),
     )
+}
+
+fn sits(facts: &Facts<'_>) -> bool {
+    facts.mine().is_some_and(|leader| facts.view.lease.valid(leader.value.term, facts.now()))
+}
+
+/// Written by this agent, or by an earlier start of it that is certainly over: under the same kernel and on the same port,
+/// which nobody else can have taken meanwhile. After a reboot it takes a moment's silence to know.
+fn is_ours(view: &View, record: &MemberRecord) -> bool {
+    let me = &view.me;
+    if view.memory.published.as_ref().is_some_and(|(_, ours)| ours.beat == record.beat) {
+        return true;
+    }
+    // A guardian of ours that is armed speaks for us too: the port may have been changed with the restart.
+    let armed = matches!(view.local.guard.state, GuardState::Running { armed: Some(_), .. });
+    let here = record.boot_id == me.boot_id && (record.api_url == me.api_url || armed);
+    here && record.incarnation == me.id.incarnation && record.start_counter <= me.start_counter
 }

@@ -2,6 +2,8 @@
 
 pub mod accept;
 pub mod bootstrap;
+pub mod cold_start;
+pub mod copying;
 pub mod duties;
 pub mod electing;
 pub mod follow;
@@ -91,6 +93,13 @@ impl<'a> Facts<'a> {
         }
         let patience = self.view.policy.member_publish * ABSENT_AFTER_PERIODS;
         self.view.memory.beats.get(member).is_some_and(|(_, seen)| self.now().since(*seen) < patience)
+    }
+
+    /// Has the member published *since we look*? What it left in the store before a power cut is not its word.
+    pub fn speaks(&self, member: &MemberName) -> bool {
+        let patience = self.view.policy.member_publish * ABSENT_AFTER_PERIODS;
+        *member == self.me().name
+            || self.view.memory.spoke.get(member).is_some_and(|seen| self.now().since(*seen) < patience)
     }
 
     /// The step that starts PostgreSQL following nobody, when it is down and may be started.

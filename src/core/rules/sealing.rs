@@ -1,6 +1,6 @@
 //! Somebody else coordinates an election: give our word that no WAL of a lower term is taken any more.
 
-use super::{Facts, takeover};
+use super::{Facts, copying, takeover};
 use crate::core::Moment;
 use crate::core::plan::{Plan, Step};
 use crate::core::promise::Bond;
@@ -33,7 +33,12 @@ pub fn rule(view: &View) -> Option<Plan> {
         .seals
         .get(&facts.me().name)
         .is_some_and(|seal| seal.value.term == term && seal.value.incarnation == facts.me().incarnation);
-    if sealed {
+    if let Some(copying) = copying::asked(&facts).filter(|_| sealed) {
+        return Some(copying::copy(&facts, term, leader.revision, &copying));
+    }
+    // Whoever was copying and is not any more (somebody with everything may lead after all) is sealed where it is now.
+    let copies = view.local.postgres.standby().is_some_and(|standby| standby.follows.is_some());
+    if sealed && !copies {
         return Some(Plan::new("seal.done", format!("sealed for term {term}; waiting for {coordinator} to choose")));
     }
     Some(seal(&facts, term, leader.revision, &format!("{coordinator} elects for term {term}")))

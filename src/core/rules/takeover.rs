@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::sealing::bound;
-use super::{Facts, scattered, seconds};
+use super::{Facts, cold_start, scattered, seconds};
 use crate::core::election::list;
 use crate::core::names::{MemberId, MemberName};
 use crate::core::peers::Promise;
@@ -162,7 +162,16 @@ fn vacancy(facts: &Facts<'_>, record: &LeaderRecord) -> Vacancy {
                 let why = format!("{} is silent for {} under term {term}", record.holder.name, seconds(silent));
                 return Vacancy::Open { why, preferred: asked_for(facts), way: Way::A };
             }
+            // A person says that its host is off: nothing is left to be waited for, unless it renews.
+            let off = facts.records.forced().is_some_and(|force| force.off.contains(&record.holder.name));
+            if off && silent >= view.policy.timings.heartbeat * 2 {
+                let why =
+                    format!("{} is off by a person's word and silent for {}", record.holder.name, seconds(silent));
+                return Vacancy::Open { why, preferred: asked_for(facts), way: Way::A };
+            }
             match silence::way_b(facts) {
+                // Without clocks nothing but enough seals says that the old leader acknowledges no more: force wants W.
+                WayB::Open { .. } if facts.records.forced().is_some() => Vacancy::Occupied,
                 WayB::Open { why } => {
                     let why = format!("{why} under term {term}");
                     Vacancy::Open { why, preferred: asked_for(facts), way: Way::B }
@@ -225,11 +234,13 @@ fn may_stand(facts: &Facts<'_>, claim: &SyncClaim) -> Result<(), String> {
         ));
     }
     if claim.mode == Durability::Async {
-        let member = facts.records.membership.value().is_some_and(|m| m.members.contains(&facts.me().name));
-        return if member { Ok(()) } else { Err("this member is not in the membership yet".to_owned()) };
+        return cold_start::may_stand(facts, claim);
+    }
+    if facts.records.forced().is_some() {
+        return Ok(());
     }
     let electorate = claim.electorate();
-    if !electorate.contains(facts.me()) {
+    if !electorate.contains(facts.me()) && !stands_in(facts, claim) {
         return Err(if claim.k == 0 {
             format!(
                 "commits were acknowledged from the disk of {} alone: only it may lead again without a person",
@@ -246,7 +257,7 @@ fn may_stand(facts: &Facts<'_>, claim: &SyncClaim) -> Result<(), String> {
     let need = claim.seals_needed();
     let is_there = |id: &MemberId| {
         let incarnation = facts.records.members.get(&id.name).map(|m| m.value.incarnation);
-        let there = facts.is_there(&id.name) && incarnation == Some(id.incarnation);
+        let there = facts.speaks(&id.name) && incarnation == Some(id.incarnation);
         id == facts.me() || there && spoke(facts, &id.name) && !is_bound(facts, &id.name)
     };
     let there: Vec<&MemberName> = electorate.iter().filter(|id| is_there(id)).map(|id| &id.name).collect();
@@ -260,4 +271,16 @@ fn may_stand(facts: &Facts<'_>, claim: &SyncClaim) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// Whoever has every acknowledged commit is there and must not lead: this member may elect, and copies from them first.
+fn stands_in(facts: &Facts<'_>, claim: &SyncClaim) -> bool {
+    let there: Vec<_> = claim
+        .electorate()
+        .into_iter()
+        .filter(|id| facts.speaks(&id.name))
+        .filter_map(|id| facts.records.members.get(&id.name).filter(|m| m.value.incarnation == id.incarnation))
+        .collect();
+    let member = facts.records.membership.value().is_some_and(|m| m.members.contains(&facts.me().name));
+    member && there.len() >= claim.seals_needed() && there.iter().all(|m| !m.value.tags.may_lead())
 }

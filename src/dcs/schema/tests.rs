@@ -77,6 +77,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         host: "10.0.0.1".to_owned(),
         port: 5432,
         api_url: "http://10.0.0.1:8008".to_owned(),
+        endpoint: None,
         tags: tags.clone(),
         postgres_version: 150018,
         agent_version: "0.1.0".to_owned(),
@@ -96,15 +97,24 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         rule: "follow".to_owned(),
         reason: "follows node-b under term 5".to_owned(),
         beat: 77,
+        witness: true,
+        kept: vec![KeptWal {
+            timeline: TimelineId(2),
+            left_at: Lsn(0x300_0000),
+            transactions: 3,
+            directory: "/d".to_owned(),
+        }],
     };
     let person_wire = json!({"v": 1, "incarnation": "0000000000000001", "start_counter": 12, "boot_id": "boot",
         "data": {"is": "present", "system_identifier": "7439812345678901234"}, "role": "standby", "state": "streaming",
         "timeline": 2, "received": "16/B374D900", "replayed": "16/B374D848", "term": 5, "host": "10.0.0.1", "port": 5432,
-        "api_url": "http://10.0.0.1:8008", "tags": tags_wire.clone(), "postgres_version": 150018, "agent_version": "0.1.0",
+        "api_url": "http://10.0.0.1:8008", "endpoint": null, "tags": tags_wire.clone(), "postgres_version": 150018, "agent_version": "0.1.0",
         "pending_restart": false,
         "job": {"what": "clone from node-b", "done_bytes": 1, "total_bytes": "18446744073709551615"},
         "overtaken": 3, "highest_term": 6,
-        "promise": {"to": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 5, "length_ms": 8162}, "rule": "follow", "reason": "follows node-b under term 5", "beat": 77});
+        "promise": {"to": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 5, "length_ms": 8162},
+        "rule": "follow", "reason": "follows node-b under term 5", "beat": 77, "witness": true,
+        "kept": [{"timeline": 2, "left_at": "0/3000000", "transactions": 3, "directory": "/d"}]});
     let request = |what, outcome| {
         Write::Request(Request {
             id: "r-1".to_owned(),
@@ -114,6 +124,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
             timeout_ms: 60_000,
             began: None,
             outcome,
+            force: None,
         })
     };
     let request_wire = |what: Value, outcome: Value| json!({"v": 1, "id": "r-1", "what": what, "asked_by": "cli", "at_unix_ms": 1_790_000_000_000u64, "timeout_ms": 60000, "began": null, "outcome": outcome});

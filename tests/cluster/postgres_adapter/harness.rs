@@ -78,6 +78,7 @@ impl Cluster {
         let port = self.members.iter().find(|m| m.name == name).unwrap().port;
         let ms = Duration::from_millis;
         Config {
+            endpoint: None,
             path: home.join("pgvigil.toml"),
             cluster: ClusterName::new("test").unwrap(),
             name,
@@ -129,6 +130,7 @@ impl Cluster {
                 rejoin_timeout: Duration::from_secs(60),
                 reclone: true,
                 takeover: Takeover::default(),
+                cold_start_wait: Duration::from_secs(60),
             },
             tags: Tags::default(),
             api: ApiConfig {

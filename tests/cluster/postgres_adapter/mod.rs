@@ -498,8 +498,9 @@ async fn finding_20_any_start_is_in_recovery_and_leftovers_are_refused() {
     let cluster = Cluster::new(&["node-a"]);
     let mut a = cluster.member("node-a");
     a.lead_alone().await;
-    a.sql("alter system set work_mem = '5MB'").await;
-    a.sql("alter system set synchronous_standby_names = 'somebody'").await;
+    // Written as ALTER SYSTEM writes it, which PostgreSQL 17 and newer refuse under our settings.
+    let auto_conf = a.data_dir().join("postgresql.auto.conf");
+    std::fs::write(&auto_conf, "work_mem = '5MB'\nsynchronous_standby_names = 'somebody'\n").unwrap();
     a.sql("alter role postgres set synchronous_commit = off").await;
     a.sql("select pg_reload_conf()").await;
     until("the override is reported", async || a.primary().await.exceptions.len() == 2).await;
@@ -507,7 +508,6 @@ async fn finding_20_any_start_is_in_recovery_and_leftovers_are_refused() {
     a.crash();
 
     // A foreign start (pg_ctl) comes up in recovery.
-    let auto_conf = a.data_dir().join("postgresql.auto.conf");
     a.start(StartMode::Parked).await;
     let text = std::fs::read_to_string(&auto_conf).unwrap();
     assert!(text.contains("work_mem") && !text.contains("synchronous_standby_names"), "{text}");

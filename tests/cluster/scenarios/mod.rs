@@ -2,6 +2,7 @@
 //! test ends its cluster by the orderly way and looks that nothing is left.
 
 mod bad_input;
+mod cold_start;
 mod commands;
 mod durability;
 mod lifecycle;
@@ -9,6 +10,7 @@ mod outage;
 mod rejoin;
 mod store;
 mod tags;
+mod takeover;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;

@@ -1,0 +1,4 @@
+//! A session after its greeting: bytes both ways, and what has to be known about them.
+
+pub mod relay;
+pub mod tracker;
