@@ -29,7 +29,7 @@ use crate::endpoint::keeper::{self, Keeper};
 use crate::endpoint::words::Settings;
 use crate::fencing::{GuardianFence, GuardianOptions, SystemClock};
 use crate::peers::HttpPeers;
-use crate::ports::{Clock, Dcs, Fence, Postgres};
+use crate::ports::{Clock, Dcs, Fence, Peers as _, Postgres};
 use crate::postgres::{LocalServer, roles};
 use crate::storage::ProbeProcesses;
 
@@ -67,13 +67,19 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     let fence = Arc::new(GuardianFence::new(options));
     fence.attach().await.context("attach to the guardian")?;
     let disks = ProbeProcesses::start(&config).context("start the storage probes")?;
-    let keeper =
-        LeaseKeeper::start(dcs.clone(), clock.clone(), config.policy.timings).context("start the lease keeper")?;
+    let others = config.members.iter().map(|m| m.name.clone()).filter(|name| *name != config.name).collect();
+    let port = Box::new(HttpPeers::new(&config));
+    let keeper = LeaseKeeper::start(
+        dcs.clone(),
+        port.separate().into(),
+        config.cluster.clone(),
+        clock.clone(),
+        config.policy.timings,
+    )
+    .context("start the lease keeper")?;
     let takes_over_early = config.policy.durability != Durability::Async;
     keeper.hold_after(takes_over_early.then(|| config.policy.takeover.gate()));
     keeper.use_page(fence.page());
-    let others = config.members.iter().map(|m| m.name.clone()).filter(|name| *name != config.name).collect();
-    let port = Box::new(HttpPeers::new(&config));
     let peers = PeerWatch::start(port, config.cluster.clone(), others, clock.clone(), config.policy.timings)
         .context("start asking the other agents")?;
     info!(
@@ -101,8 +107,14 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     let (wanted_tx, wanted) = watch::channel(Wanted::Run);
     let shutdown = CancellationToken::new();
 
+    let answers = Arc::new(Answers {
+        cluster: config.cluster.clone(),
+        state: world.state.clone(),
+        status: status.clone(),
+        clock: clock.clone(),
+    });
     let (report_tx, report) = watch::channel(None);
-    let api = start_api(&config, listener, status.clone(), report, asked_tx, clock.clone(), shutdown.clone())?;
+    let api = start_api(&config, listener, status.clone(), report, asked_tx, answers, clock.clone(), shutdown.clone())?;
     let signals = tokio::spawn(signals(wanted_tx));
     let (report_tx, endpoint_done) = (report_tx, CancellationToken::new());
     let finish = Arc::new(AtomicBool::new(false));
@@ -171,11 +183,11 @@ fn start_api(
     status: watch::Receiver<Option<Arc<Status>>>,
     endpoint: watch::Receiver<Option<Report>>,
     asked: mpsc::Sender<Asked>,
+    answers: Arc<Answers>,
     clock: Arc<dyn Clock>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<std::thread::JoinHandle<()>> {
     let (requests_tx, mut requests) = mpsc::channel::<api::ApiRequest>(16);
-    let answers = Arc::new(Answers { cluster: config.cluster.clone(), status: status.clone(), clock: clock.clone() });
     let api = Api {
         config: config.api.clone(),
         cluster: config.cluster.clone(),

@@ -1,18 +1,21 @@
 //! What this agent tells the others: the published view, and how old it is. Never asks PostgreSQL, the store or the loop,
-//! so that a stuck loop shows as one.
+//! so that a stuck loop shows as one. A promise is the state file's: given here, on disk before it is answered.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
 
+use super::state_file::StateFile;
 use super::status::Status;
-use crate::core::ClusterName;
 use crate::core::peers::{Answer, Asks, Question, Report, Says, VERSION};
+use crate::core::promise::{Promise, may_be_given};
+use crate::core::{ClusterName, MemberId};
 use crate::ports::{Answering, Clock};
 
 pub struct Answers {
     pub cluster: ClusterName,
+    pub state: Arc<Mutex<StateFile>>,
     pub status: watch::Receiver<Option<Arc<Status>>>,
     pub clock: Arc<dyn Clock>,
 }
@@ -36,6 +39,7 @@ impl Answering for Answers {
         } else {
             match question.asks {
                 Asks::Report => Says::Report(Box::new(Report::of(&status.view, status.at, self.clock.now()))),
+                Asks::Promise(promise) => self.promise(&status, &question.from, promise).await,
                 Asks::Unknown => refused("this question is not known here".to_owned()),
             }
         };
@@ -46,5 +50,26 @@ impl Answering for Answers {
             from: me.id.clone(),
             says,
         })
+    }
+}
+
+impl Answers {
+    async fn promise(&self, status: &Status, from: &MemberId, promise: Promise) -> Says {
+        if let Err(why) = may_be_given(&promise, from, &status.view) {
+            return Says::Refused { why };
+        }
+        let (state, clock) = (self.state.clone(), self.clock.clone());
+        // An fsync: not on the thread that answers everybody.
+        let given = tokio::task::spawn_blocking(move || {
+            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            let given = state.promise(promise, clock.now());
+            given.map(|given| given.map(|()| (state.durable().highest_term, state.durable().trusted_store())))
+        });
+        match given.await {
+            Ok(Ok(Ok((highest_term, store_id)))) => Says::Promised { highest_term, store_id },
+            Ok(Ok(Err(why))) => Says::NotPromised { why },
+            Ok(Err(error)) => Says::Refused { why: error.to_string() },
+            Err(error) => Says::Refused { why: error.to_string() },
+        }
     }
 }

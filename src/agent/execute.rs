@@ -10,7 +10,7 @@ use super::peer_watch::PeerWatch;
 use super::state_file::{StateError, StateFile};
 use crate::core::Moment;
 use crate::core::plan::{Follow, Step};
-use crate::core::records::{ClusterRecords, Key, LeaderState, MemberRecord, Outcome, Transaction, Write};
+use crate::core::records::{ClusterRecords, Key, LeaderRecord, LeaderState, MemberRecord, Outcome, Transaction, Write};
 use crate::core::timeline::Term;
 use crate::core::view::LeaseView;
 use crate::ports::{Clock, Dcs, DcsError, Disks, Fence, FenceError, Postgres, PostgresError, StartMode};
@@ -59,6 +59,10 @@ pub enum Effect {
     Kept {
         leader_revision: i64,
     },
+    /// Our `held` record stands in the store.
+    Leads {
+        record: Box<LeaderRecord>,
+    },
     Dropped,
     Published {
         at: Moment,
@@ -66,6 +70,14 @@ pub enum Effect {
     },
     SyncWritten,
     SyncDoubtful,
+    /// The state file has the store's revision.
+    Remembered {
+        at: Moment,
+    },
+    StoreAccepted {
+        id: u64,
+        revision: i64,
+    },
     CrashesForgotten,
     Started {
         follow: Option<Follow>,
@@ -85,18 +97,35 @@ impl World {
         match step {
             Step::Remember { highest_term, highest_sync_term, store_id, store_revision } => {
                 self.state().remember(*highest_term, *highest_sync_term, *store_id, *store_revision)?;
+                return Ok(vec![Effect::Remembered { at: self.clock.now() }]);
             }
+            Step::DistrustStore => self.state().distrust_store()?,
+            Step::AcceptStore { highest_term, highest_sync_term, store_id, store_revision } => {
+                self.state().accept_store(*highest_term, *highest_sync_term, *store_id, *store_revision)?;
+                info!(term = %highest_term, store_id = format!("{store_id:x}"), "the store was made good and counts again");
+                return Ok(vec![Effect::StoreAccepted { id: *store_id, revision: *store_revision }]);
+            }
+            Step::RememberLead { lead } => {
+                self.state().remember_lead(lead)?;
+                self.tell_keeper();
+            }
+            Step::EndPromise { to, term } => self.state().end_promise(to, *term)?,
             Step::Join { system_identifier } => self.state().join(*system_identifier)?,
             Step::NewIncarnation { copied } => self.state().begin_incarnation(*copied)?,
             Step::Arm { term } => self.arm(*term).await?,
             Step::ForgetCrashes => return Ok(vec![Effect::CrashesForgotten]),
             Step::KeepLease { term, leader_revision } => {
                 self.keeper.keep(*term, *leader_revision);
+                self.tell_keeper();
                 return Ok(vec![Effect::Kept { leader_revision: *leader_revision }]);
             }
             Step::DropLease => {
                 self.keeper.drop_lease();
                 return Ok(vec![Effect::Dropped]);
+            }
+            Step::HoldByPromises { term } => {
+                self.keeper.hold_by_promises(*term);
+                self.tell_keeper();
             }
             Step::Kill => {
                 self.shut_gate();
@@ -145,6 +174,32 @@ impl World {
         Ok(Vec::new())
     }
 
+    /// What the term rests on, from the state file to whoever asks for promises.
+    pub fn tell_keeper(&self) {
+        let (lead, system_identifier) = {
+            let state = self.state();
+            (state.durable().lead.clone().filter(|lead| lead.record.holder == state.id()), state.system_identifier())
+        };
+        if let Some(lead) = lead {
+            self.keeper.rests_on(&lead, system_identifier);
+        }
+    }
+
+    /// Step 1 takes part in a higher term: not while a lower one is promised, and none is promised from here on.
+    fn stand(&self, transaction: &Transaction) -> Result<(), StepError> {
+        let me = self.state().id();
+        let stands =
+            transaction.write.iter().find_map(|write| match write {
+                Write::Leader(LeaderRecord {
+                    term, holder, state: LeaderState::Electing { winner: None, .. }, ..
+                }) if *holder == me => Some(*term),
+                _ => None,
+            });
+        let Some(term) = stands else { return Ok(()) };
+        let now = self.clock.now();
+        self.state().stand(term, now).map_err(|denied| StepError::Other(format!("stand for term {term}: {denied}")))
+    }
+
     /// Before the kill, and before anybody else may be told that this term is over: nothing more reaches a client (S4).
     pub fn shut_gate(&self) {
         if let (Some(term), Some(page)) = (self.keeper.view().term(), self.fence.page()) {
@@ -170,6 +225,7 @@ impl World {
                 record.at_unix_ms = self.clock.unix_ms();
             }
         }
+        self.stand(&transaction)?;
         let at = self.clock.now();
         let gives_up = |write: &Write| matches!(write, Write::Leader(l) if l.holder == self.state().id() && !keeps_lease(&l.state));
         if transaction.write.iter().any(gives_up) {
@@ -187,8 +243,10 @@ impl World {
                         Write::Member(_, record) => effects.push(Effect::Published { at, record }),
                         Write::Leader(record) if record.holder == self.state().id() && keeps_lease(&record.state) => {
                             // The record is ours and new: renewed from now on, without a round in between.
-                            self.keeper.keep(record.term, revision);
+                            let goes_on = record.state == LeaderState::Held;
+                            self.keeper.keep_written(record.term, revision, at, goes_on);
                             effects.push(Effect::Kept { leader_revision: revision });
+                            effects.extend(goes_on.then(|| Effect::Leads { record: Box::new(record) }));
                         }
                         _ => {}
                     }

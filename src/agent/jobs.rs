@@ -207,9 +207,9 @@ fn source(from: &Source) -> crate::ports::Source {
 
 /// The member's word on disk, then PostgreSQL's silence, then the position in the store (protocol §5 step 2).
 async fn seal(world: &World, term: Term, leader_revision: i64, context: &Context) -> Result<String, StepError> {
-    if !world.state().seal(term)? {
-        return Err(StepError::Other(format!("a higher term than {term} is sealed already")));
-    }
+    let now = world.clock.now();
+    let sealed = world.state().seal(term, now)?;
+    sealed.map_err(|denied| StepError::Other(format!("seal for term {term}: {denied}")))?;
     let position = world.postgres.seal(SEAL_DEADLINE).await?;
     let id = world.state().id();
     let message = format!("sealed for term {term} at {} of timeline {}", position.replayed, position.timeline);

@@ -7,6 +7,7 @@ pub mod jobs;
 pub mod lease_keeper;
 pub mod peer_watch;
 pub mod priority;
+mod promise_asker;
 pub mod run;
 pub mod state_file;
 pub mod status;

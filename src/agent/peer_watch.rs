@@ -188,7 +188,9 @@ impl Task {
             }
             Says::Report(report) => Ok((answer.from, *report)),
             Says::Refused { why } => Err(silent(why)),
-            Says::Unknown => Err(silent("answered something that is not known here".to_owned())),
+            Says::Promised { .. } | Says::NotPromised { .. } | Says::Unknown => {
+                Err(silent("answered something that is not known here".to_owned()))
+            }
         }
     }
 

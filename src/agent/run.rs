@@ -99,7 +99,10 @@ impl Agent {
         wanted: watch::Receiver<Wanted>,
         status: watch::Sender<Option<Arc<Status>>>,
     ) -> Agent {
-        let memory = Memory { durable: world.state().durable().clone(), ..Memory::default() };
+        let durable = world.state().durable().clone();
+        // What an earlier life led: to be written again if somebody destroyed it meanwhile.
+        let held = durable.lead.as_ref().filter(|lead| lead.record.holder == me.id).map(|lead| lead.record.clone());
+        let memory = Memory { durable, held, ..Memory::default() };
         Agent {
             world,
             me,
@@ -123,12 +126,14 @@ impl Agent {
         let mut fence_changes = self.world.fence.changes();
         let mut lease_changes = self.world.keeper.changes();
         let mut peer_changes = self.world.peers.changes();
+        let mut promise_news = self.world.keeper.news();
         loop {
             // Marked before observing: what changes while we look wakes us again.
             store_changes.mark_unchanged();
             fence_changes.mark_unchanged();
             lease_changes.mark_unchanged();
             peer_changes.mark_unchanged();
+            promise_news.mark_unchanged();
             if *self.wanted.borrow_and_update() == Wanted::Detach {
                 info!("the agent ends, PostgreSQL goes on under the guardian");
                 return End::Detached;
@@ -147,6 +152,7 @@ impl Agent {
                 _ = store_changes.changed() => {}
                 _ = fence_changes.changed() => {}
                 _ = peer_changes.changed() => {}
+                _ = promise_news.changed() => {}
                 () = lease_moved(&mut lease_changes, &view.lease) => {}
                 () = self.job_ended.notified() => {}
                 _ = self.wanted.changed() => {}
@@ -196,11 +202,22 @@ impl Agent {
             warn!(%error, "remember that the data are consistent");
         }
         {
-            let state = self.world.state();
+            let mut state = self.world.state();
+            // No write of ours is under way: what was stood for stands in what was just read, or does not.
+            if matches!(store, Store::Known { .. }) {
+                state.stand_down();
+            }
+            self.memory.bond = state.bond(now);
+            if let Some(over) = self.memory.bond.take_if(|bond| !bond.binds(now))
+                && let Err(error) = state.end_promise(&over.promise.to, over.promise.term)
+            {
+                warn!(%error, "forget a promise that has run out");
+            }
             self.me.id = state.id();
             self.me.system_identifier = state.system_identifier();
             self.memory.durable = state.durable().clone();
         }
+        self.world.tell_keeper();
         self.world
             .peers
             .introduce(Introduction { id: self.me.id.clone(), system_identifier: self.me.system_identifier });
@@ -213,6 +230,7 @@ impl Agent {
             local,
             store,
             lease: self.world.keeper.view(),
+            promises: self.world.keeper.promises(),
             memory: self.memory.clone(),
             peers,
             job: self.job.as_ref().map(RunningJob::view),
@@ -360,10 +378,13 @@ impl Agent {
         for effect in effects {
             match effect {
                 Effect::Kept { leader_revision } => self.memory.kept_revision = Some(leader_revision),
+                Effect::Leads { record } => self.memory.held = Some(*record),
                 Effect::Dropped => self.memory.kept_revision = None,
                 Effect::Published { at, record } => self.memory.published = Some((at, *record)),
                 Effect::SyncWritten => (self.memory.doubtful_sync, self.memory.sync_settled) = (false, true),
                 Effect::SyncDoubtful => self.memory.doubtful_sync = true,
+                Effect::Remembered { at } => self.memory.remembered_at = Some(at),
+                Effect::StoreAccepted { id, revision } => self.memory.store_seen = Some((id, revision)),
                 Effect::Started { follow } => self.memory.started = follow,
                 Effect::CrashesForgotten => self.memory.crashes.clear(),
                 Effect::Killed => self.memory.enforced = None,
@@ -391,7 +412,9 @@ impl Agent {
             .records()
             .and_then(|r| r.leader())
             .is_some_and(|l| matches!(l.state, LeaderState::Electing { .. }));
-        if electing {
+        // Standbys that come back under a new name are no event here.
+        let made_good = view.memory.durable.lead.as_ref().is_some_and(|lead| lead.unconfirmed);
+        if electing || made_good {
             pause = pause.min(ELECTION_PACE);
         }
         pause

@@ -1,5 +1,8 @@
-//! What a member must not forget: identity, incarnation, seals, the highest term seen. One file outside PGDATA, one fsync,
-//! lost together (protocol §0, incarnation).
+//! What a member must not forget: identity, incarnation, promise and seal, the highest term seen, the store, its own term
+//! while it leads. One file outside PGDATA, one fsync, lost together (protocol §0, incarnation).
+//!
+//! Promise and seal are one variable: each is refused by what stands in the place of the other, under one lock, and is on
+//! disk before anybody hears of it (protocol §7).
 //!
 //! The directory is locked for as long as this value lives: a second agent on it is refused before it touches anything (S7).
 
@@ -11,7 +14,9 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::core::Moment;
 use crate::core::names::{ClusterName, Incarnation, MemberId, MemberName};
+use crate::core::promise::{Bond, Denied, Lead, Promise, refuses_promise, refuses_seal};
 use crate::core::timeline::Term;
 use crate::core::view::Durable;
 
@@ -56,6 +61,10 @@ struct Contents {
 pub struct StateFile {
     directory: PathBuf,
     contents: Contents,
+    /// Until when the promise in the file binds, by this process's clocks. `None`: not counted yet in this life.
+    bound_until: Option<Moment>,
+    /// A term that this member is about to claim in the store: from here on nobody is promised a lower one.
+    standing: Option<Term>,
     _lock: Flock<File>,
 }
 
@@ -93,7 +102,8 @@ impl StateFile {
             },
             Err(e) => return Err(io("read", &path)(e)),
         };
-        let mut state = StateFile { directory: directory.to_owned(), contents, _lock: lock };
+        let mut state =
+            StateFile { directory: directory.to_owned(), contents, bound_until: None, standing: None, _lock: lock };
         state.change(|c| c.start_counter += 1)?;
         Ok(state)
     }
@@ -134,18 +144,102 @@ impl StateFile {
         })
     }
 
-    /// The member's word for `term`: on disk before anybody hears of it. False: a higher term is sealed already.
-    pub fn seal(&mut self, term: Term) -> Result<bool, StateError> {
-        if self.contents.durable.sealed_term > term {
-            return Ok(false);
+    /// The store was seen to be another one or to have gone back; kept until [`StateFile::accept_store`].
+    pub fn distrust_store(&mut self) -> Result<(), StateError> {
+        if self.contents.durable.store_lost {
+            return Ok(());
+        }
+        self.change(|c| c.durable.store_lost = true)
+    }
+
+    /// Somebody made the store good under a term above every one that this member remembers: from here on it counts.
+    pub fn accept_store(
+        &mut self,
+        term: Term,
+        sync_term: Term,
+        store_id: u64,
+        store_revision: i64,
+    ) -> Result<(), StateError> {
+        self.change(|c| {
+            let d = &mut c.durable;
+            d.highest_term = d.highest_term.max(term);
+            d.highest_sync_term = d.highest_sync_term.max(sync_term);
+            (d.store_id, d.store_revision, d.store_lost) = (store_id, store_revision, false);
+        })
+    }
+
+    /// What this leader has to know of its term when nobody can be asked.
+    pub fn remember_lead(&mut self, lead: &Lead) -> Result<(), StateError> {
+        if self.contents.durable.lead.as_ref() == Some(lead) {
+            return Ok(());
+        }
+        self.change(|c| c.durable.lead = Some(lead.clone()))
+    }
+
+    // === Promise and seal ===
+
+    /// The member's word for `term`: no WAL of a lower one any more. On disk before anybody hears of it.
+    pub fn seal(&mut self, term: Term, now: Moment) -> Result<Result<(), Denied>, StateError> {
+        let bond = self.bond(now);
+        if let Err(denied) = refuses_seal(&self.contents.durable, bond.as_ref(), term, now) {
+            return Ok(Err(denied));
         }
         if self.contents.durable.sealed_term < term {
             self.change(|c| {
                 c.durable.sealed_term = term;
                 c.durable.highest_term = c.durable.highest_term.max(term);
+                c.durable.promise = c.durable.promise.take().filter(|promise| promise.term >= term);
             })?;
         }
-        Ok(true)
+        Ok(Ok(()))
+    }
+
+    /// The member's word to the leader of `term`: no part in a higher one until its clocks have run for `length` from now.
+    /// Refused once a higher one is sealed, stood for, or known: that leader's time is over.
+    pub fn promise(&mut self, promise: Promise, now: Moment) -> Result<Result<(), Denied>, StateError> {
+        let bond = self.bond(now);
+        if let Err(denied) = refuses_promise(&self.contents.durable, bond.as_ref(), self.standing, &promise, now) {
+            return Ok(Err(denied));
+        }
+        let until = now.plus(promise.length());
+        // What stands in the file runs anew after a restart, so the same word again needs no second fsync.
+        if self.contents.durable.promise.as_ref() != Some(&promise) {
+            self.change(|c| c.durable.promise = Some(promise))?;
+        }
+        self.bound_until = Some(self.bound_until.map_or(until, |before| before.latest(until)));
+        Ok(Ok(()))
+    }
+
+    /// The promise that still runs. After a restart a stored one runs its whole length again: when it was given is known to
+    /// no clock of this life.
+    pub fn bond(&mut self, now: Moment) -> Option<Bond> {
+        let promise = self.contents.durable.promise.clone()?;
+        let until = *self.bound_until.get_or_insert_with(|| now.plus(promise.length()));
+        Some(Bond { promise, until })
+    }
+
+    /// The holder itself said that it is finished, or the promise has run out: it binds nobody any more.
+    pub fn end_promise(&mut self, to: &MemberId, term: Term) -> Result<(), StateError> {
+        if self.contents.durable.promise.as_ref().is_none_or(|p| p.to != *to || p.term != term) {
+            return Ok(());
+        }
+        self.change(|c| c.durable.promise = None)?;
+        self.bound_until = None;
+        Ok(())
+    }
+
+    /// Before `term` is claimed in the store for this member: refused like a seal, and nobody is promised a lower term from
+    /// here on.
+    pub fn stand(&mut self, term: Term, now: Moment) -> Result<(), Denied> {
+        let bond = self.bond(now);
+        refuses_seal(&self.contents.durable, bond.as_ref(), term, now)?;
+        self.standing = Some(term);
+        Ok(())
+    }
+
+    /// The store was read again: what was stood for stands in it, or does not.
+    pub fn stand_down(&mut self) {
+        self.standing = None;
     }
 
     pub fn join(&mut self, system_identifier: u64) -> Result<(), StateError> {
@@ -234,7 +328,11 @@ fn new_incarnation() -> Incarnation {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    const NOW: Moment = Moment::at(3_600_000_000_000);
 
     fn open(directory: &Path) -> Result<StateFile, StateError> {
         let cluster = ClusterName::new("maas").unwrap();
@@ -246,7 +344,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut first = open(directory.path()).unwrap();
         let id = first.id();
-        assert!(first.seal(Term(4)).unwrap());
+        first.seal(Term(4), NOW).unwrap().unwrap();
         first.join(u64::MAX).unwrap();
         drop(first);
         let mut second = open(directory.path()).unwrap();
@@ -254,7 +352,11 @@ mod tests {
         assert_eq!(second.start_counter(), 2);
         assert_eq!(second.system_identifier(), Some(u64::MAX));
         assert_eq!(second.durable().sealed_term, Term(4));
-        assert!(!second.seal(Term(3)).unwrap(), "a lower term must be refused after a higher one was sealed");
+        assert_eq!(
+            second.seal(Term(3), NOW).unwrap(),
+            Err(Denied::HigherTerm { term: Term(4) }),
+            "a lower term must be refused after a higher one was sealed"
+        );
     }
 
     #[test]
@@ -267,8 +369,109 @@ mod tests {
         let mut state = open(directory.path()).unwrap();
         let durable = state.durable().clone();
         assert_eq!((durable.highest_term, durable.highest_sync_term, durable.store_revision), (Term(7), Term(6), 100));
-        assert!(state.seal(Term(9)).unwrap());
+        state.seal(Term(9), NOW).unwrap().unwrap();
         assert_eq!(state.durable().highest_term, Term(9));
+    }
+
+    fn promise(to: &str, term: u64) -> Promise {
+        Promise { to: crate::core::testing::id(to), term: Term(term), length_ms: 8_162 }
+    }
+
+    /// Under one lock, in whichever order they come: never both.
+    #[test]
+    fn promise_and_seal_are_one_variable() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut state = open(directory.path()).unwrap();
+        state.promise(promise("a", 5), NOW).unwrap().unwrap();
+        let before = fs::read(directory.path().join(FILE)).unwrap();
+        let denied = state.seal(Term(6), NOW.plus(Duration::from_millis(8_161))).unwrap();
+        assert!(matches!(denied, Err(Denied::Bound { .. })), "{denied:?}");
+        assert_eq!(state.durable().sealed_term, Term(0));
+        assert_eq!(fs::read(directory.path().join(FILE)).unwrap(), before);
+
+        let mut one_clock_late = NOW.plus(Duration::from_millis(8_162));
+        one_clock_late.boottime -= 1;
+        assert!(state.seal(Term(6), one_clock_late).unwrap().is_err(), "all clocks have to say so");
+        state.seal(Term(6), NOW.plus(Duration::from_millis(8_162))).unwrap().unwrap();
+        assert_eq!(state.durable().promise, None);
+        let late = NOW.plus(Duration::from_secs(60));
+        assert_eq!(state.promise(promise("a", 5), late).unwrap(), Err(Denied::HigherTerm { term: Term(6) }));
+        state.promise(promise("b", 6), late).unwrap().unwrap();
+    }
+
+    #[test]
+    fn the_term_that_was_promised_may_be_sealed() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut state = open(directory.path()).unwrap();
+        state.promise(promise("a", 5), NOW).unwrap().unwrap();
+        state.seal(Term(5), NOW).unwrap().unwrap();
+        assert!(state.seal(Term(6), NOW).unwrap().is_err(), "and still binds");
+    }
+
+    #[test]
+    fn a_stored_promise_runs_its_whole_length_again_after_a_restart() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut state = open(directory.path()).unwrap();
+        state.promise(promise("a", 5), NOW).unwrap().unwrap();
+        drop(state);
+        let mut state = open(directory.path()).unwrap();
+        // The clocks of another boot: they may show less than before.
+        let booted = Moment::at(1_000);
+        assert!(state.seal(Term(6), booted).unwrap().is_err());
+        let bond = state.bond(booted).unwrap();
+        assert_eq!(bond.until, booted.plus(Duration::from_millis(8_162)));
+        state.seal(Term(6), bond.until).unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_known_term_is_never_promised_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut state = open(directory.path()).unwrap();
+        state.remember(Term(6), Term(5), 1, 100).unwrap();
+        assert_eq!(state.promise(promise("a", 5), NOW).unwrap(), Err(Denied::HigherTerm { term: Term(6) }));
+        state.promise(promise("a", 6), NOW).unwrap().unwrap();
+        assert!(state.promise(promise("b", 6), NOW).unwrap().is_err(), "a term has one holder");
+        state.promise(promise("b", 7), NOW).unwrap().unwrap();
+        assert!(state.promise(promise("a", 6), NOW).unwrap().is_err(), "nor back to a lower one");
+    }
+
+    /// The coordinator is bound like anybody, and what it stands for it does not promise away.
+    #[test]
+    fn who_promised_does_not_stand_and_who_stands_does_not_promise() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut state = open(directory.path()).unwrap();
+        state.promise(promise("a", 5), NOW).unwrap().unwrap();
+        assert!(state.stand(Term(6), NOW).is_err());
+        let over = NOW.plus(Duration::from_secs(9));
+        state.stand(Term(6), over).unwrap();
+        assert!(state.promise(promise("a", 5), over).unwrap().is_err());
+        state.stand_down();
+        state.promise(promise("a", 5), over).unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_promise_that_was_given_back_does_not_bind() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut state = open(directory.path()).unwrap();
+        state.promise(promise("a", 5), NOW).unwrap().unwrap();
+        state.end_promise(&crate::core::testing::id("b"), Term(5)).unwrap();
+        assert!(state.seal(Term(6), NOW).unwrap().is_err());
+        state.end_promise(&crate::core::testing::id("a"), Term(5)).unwrap();
+        state.seal(Term(6), NOW).unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_lost_store_stays_lost_until_it_is_accepted() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut state = open(directory.path()).unwrap();
+        state.remember(Term(6), Term(6), 1, 100).unwrap();
+        state.distrust_store().unwrap();
+        drop(state);
+        let mut state = open(directory.path()).unwrap();
+        assert!(state.durable().store_lost);
+        state.accept_store(Term(7), Term(7), 2, 9).unwrap();
+        let durable = state.durable();
+        assert_eq!((durable.store_lost, durable.store_id, durable.store_revision), (false, 2, 9));
     }
 
     #[test]

@@ -153,6 +153,8 @@ const METRICS: &[Metric] = &[
 
     // --- lease and fence ---
     gauge("term", "Highest term that this member has seen", |s| number(s.view().map(|v| v.memory.durable.highest_term.0 as f64))),
+    gauge("held_by_promises", "Leader: 1 while the term is held by promises of other members, because etcd is away", |s| number(held_by_promises(s))),
+    gauge("bound_seconds", "Standby: time for which it has promised the leader to take no part in an election", |s| number(bound(s))),
     gauge("lease_remaining_seconds", "Leader: time until it must have stopped unless the lease is renewed", |s| number(lease_remaining(s))),
     gauge("leader_silent_seconds", "Since the leader's last sign of life was seen here", |s| number(s.view().and_then(|v| v.memory.silence).map(|x| s.now.since(x.first_seen).as_secs_f64()))),
     gauge("guardian_present", "1: the guardian answers", |s| number(s.view().map(|v| flag(!matches!(v.local.guard.state, GuardState::Absent { .. }))))),
@@ -340,6 +342,16 @@ fn pending_restart(view: Option<&View>) -> Option<f64> {
         LocalPostgres::Standby(facts) => Some(flag(facts.pending_restart)),
         LocalPostgres::Down | LocalPostgres::Starting { .. } | LocalPostgres::Unknown { .. } => None,
     }
+}
+
+fn held_by_promises(scrape: &Scrape) -> Option<f64> {
+    let view = scrape.view()?;
+    view.lease.term().map(|_| flag(view.promises.until.is_some()))
+}
+
+fn bound(scrape: &Scrape) -> Option<f64> {
+    let bond = scrape.view()?.memory.bond.as_ref().filter(|bond| bond.binds(scrape.now))?;
+    Some(scrape.now.until(bond.until).as_secs_f64())
 }
 
 fn lease_remaining(scrape: &Scrape) -> Option<f64> {

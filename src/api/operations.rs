@@ -16,9 +16,11 @@ use super::App;
 use super::auth::Peer;
 use super::error::ApiError;
 use super::requests::{self, Report};
+use crate::core::Lsn;
 use crate::core::health::sitting_leader;
 use crate::core::names::MemberName;
 use crate::core::records::{Force, Operation};
+use crate::core::timeline::TimelineId;
 use crate::core::view::View;
 
 /// Nobody has more to say; what is longer is a mistake or an attack.
@@ -56,6 +58,15 @@ struct Failover {
 #[serde(deny_unknown_fields)]
 struct OnMember {
     member: MemberName,
+    request_id: Option<String>,
+    timeout_ms: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Accept {
+    member: MemberName,
+    position: String,
     request_id: Option<String>,
     timeout_ms: Option<u64>,
 }
@@ -110,6 +121,27 @@ pub(super) async fn reinit(State(app): State<Arc<App>>, request: Request) -> Res
     let caller = caller(&request);
     let body: OnMember = read_body(&app, request).await?;
     on_member(&app, caller, body, |member| Operation::Reinit { member }).await
+}
+
+pub(super) async fn accept_store(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    let caller = caller(&request);
+    let body: Accept = read_body(&app, request).await?;
+    let (timeline, position) = position(&body.position)?;
+    let body_member = OnMember { member: body.member, request_id: body.request_id, timeout_ms: body.timeout_ms };
+    on_member(&app, caller, body_member, |member| Operation::AcceptStore { member, timeline, position }).await
+}
+
+/// `3@0/5000060`: the timeline and the position on it, as `explain` shows them.
+fn position(text: &str) -> Result<(TimelineId, Lsn), ApiError> {
+    let parsed = text
+        .split_once('@')
+        .and_then(|(timeline, lsn)| Some((TimelineId(timeline.parse().ok()?), lsn.parse::<Lsn>().ok()?)));
+    parsed.ok_or_else(|| {
+        ApiError::bad_request(
+            format!("`{text}` is not a position"),
+            "write TIMELINE@LSN as the member's reason in `pgvigil explain` shows it, for example 3@0/5000060",
+        )
+    })
 }
 
 #[derive(Debug, Deserialize)]
@@ -186,6 +218,7 @@ pub(super) fn default_timeout(what: &Operation, view: &View) -> Duration {
         }
         Operation::Restart { .. } => policy.stop_timeout + policy.start_timeout,
         // As long as copying takes; a terabyte at 20 MB/s.
+        Operation::AcceptStore { .. } => policy.election_give_up + Duration::from_secs(60),
         Operation::Reinit { .. } => Duration::from_secs(16 * 3600),
     }
 }

@@ -19,6 +19,7 @@ use crate::core::names::MemberName;
 use crate::core::outlook::outlook;
 use crate::core::plan::parse_walreceiver_name;
 use crate::core::records::{ClusterRecords, Durability, LeaderState, SyncClaim};
+use crate::core::rules::duties::words;
 use crate::core::storage::{Disk, Place, Probe, full, no_memory, trouble};
 use crate::core::view::{GuardState, Job, LeaseView, LocalPostgres, Receiver, Store, View};
 use crate::core::{Lsn, Moment, Term, TimelineId};
@@ -36,6 +37,10 @@ struct Overview {
     published_ms_ago: u64,
     leader: Leader,
     durability: DurabilityNow,
+    /// How this leader holds its term while etcd is away; `null` while renewals are in time.
+    promises: Option<PromisesNow>,
+    /// What this member promised to the leader; `null`: nothing that binds it.
+    bound: Option<BoundNow>,
     store: StoreNow,
     members: Vec<Member>,
     decision: DecisionNow,
@@ -44,6 +49,25 @@ struct Overview {
     /// One sentence each; empty when all is well.
     warnings: Vec<String>,
     counters: Counters,
+}
+
+#[derive(Debug, Serialize)]
+struct PromisesNow {
+    term: Term,
+    /// Since the first question.
+    asking_ms: u64,
+    /// Until the primary ends unless somebody promises again; `null`: they do not suffice.
+    remaining_ms: Option<u64>,
+    by: Vec<MemberName>,
+    /// Who has not promised, and why.
+    missing: BTreeMap<MemberName, String>,
+}
+
+#[derive(Debug, Serialize)]
+struct BoundNow {
+    to: MemberName,
+    term: Term,
+    remaining_ms: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -171,9 +195,31 @@ fn overview(cluster: &str, status: &Status, last: Option<&View>, now: Moment) ->
         requests: requests.map(|keyed| Report::of(&keyed.value, phase(&keyed.value.id))).collect(),
         warnings,
         counters: status.counters,
+        promises: promises(view, now),
+        bound: bound(view, now),
         leader,
         durability,
     }
+}
+
+fn promises(view: &View, now: Moment) -> Option<PromisesNow> {
+    let promises = &view.promises;
+    Some(PromisesNow {
+        term: promises.term,
+        asking_ms: millis(now.since(promises.since?)),
+        remaining_ms: promises.until.map(|until| millis(now.until(until))),
+        by: promises.by().into_iter().cloned().collect(),
+        missing: promises.missing().into_iter().map(|(name, why)| (name.clone(), why)).collect(),
+    })
+}
+
+fn bound(view: &View, now: Moment) -> Option<BoundNow> {
+    let bond = view.memory.bond.as_ref().filter(|bond| bond.binds(now))?;
+    Some(BoundNow {
+        to: bond.promise.to.name.clone(),
+        term: bond.promise.term,
+        remaining_ms: millis(now.until(bond.until)),
+    })
 }
 
 // === Leader ===
@@ -395,6 +441,9 @@ fn warnings(
     }
     if let Store::Unknown { why, .. } = &view.store {
         warnings.push(format!("the store is not readable, what is shown of the others is old: {why}"));
+    }
+    if view.promises.since.is_some() {
+        warnings.push(words(&view.promises, now));
     }
     if leader.state != "held" {
         warnings.push(leader.message.clone());

@@ -275,6 +275,18 @@ pub const ROUTES: &[Route] = &[
         ..ASK
     },
     Route {
+        path: "/v1/accept-store",
+        summary: "the store is lost and no leader sits: this member's data are the cluster from now on",
+        body: &[
+            ("member!", "whose data"),
+            ("position!", "TIMELINE@LSN where it stands, as `pgvigil explain` shows it"),
+            ("request_id", "the same id twice is the same request"),
+            ("timeout_ms", "how long it may take"),
+        ],
+        handler: |m| on(m, operations::accept_store),
+        ..ASK
+    },
+    Route {
         path: "/v1/requests/{id}",
         summary: "what came of a request",
         query: &[("wait_ms", "answer when there is an outcome, or after so long (60000 at most)")],

@@ -86,6 +86,8 @@ enum Command {
     Restart(Asking<operation::Restart>),
     /// Set the data of a standby aside and clone it again
     Reinit(Asking<operation::Reinit>),
+    /// After etcd was lost for good while nobody leads: say whose data are the cluster
+    AcceptStore(Asking<operation::AcceptStore>),
     /// Say what the cluster would do now, and why
     Explain(Asking<explain::Arguments>),
     /// Look at a configuration file
@@ -123,6 +125,7 @@ fn run(command: &Command) -> Result<Exit, Failure> {
         Command::Failover(asked) => operation::run(&asked.global, &asked.own.order(&asked.global)?),
         Command::Restart(asked) => operation::run(&asked.global, &asked.own.order(&asked.global)?),
         Command::Reinit(asked) => operation::run(&asked.global, &asked.own.order()?),
+        Command::AcceptStore(asked) => operation::run(&asked.global, &asked.own.order()?),
         Command::Explain(asked) => explain::run(&asked.global, &asked.own),
         Command::Config(command) => config::run(command),
         Command::Demo(arguments) => demo::run(arguments),
@@ -139,6 +142,7 @@ impl Command {
             Command::Failover(asked) => asked.global.json,
             Command::Restart(asked) => asked.global.json,
             Command::Reinit(asked) => asked.global.json,
+            Command::AcceptStore(asked) => asked.global.json,
             Command::Explain(asked) => asked.global.json,
             Command::Config(config::Command::Check(arguments)) => arguments.json,
             Command::Agent(_)

@@ -73,6 +73,20 @@ pub struct Reinit {
     waiting: Waiting,
 }
 
+#[derive(clap::Args)]
+pub struct AcceptStore {
+    /// Whose data are the cluster from now on; `pgvigil explain` shows where each member stands
+    member: MemberName,
+    /// Where it stands, TIMELINE@LSN: typed as `pgvigil explain` shows it, because everything beyond is given up
+    #[arg(long, value_name = "TIMELINE@LSN")]
+    position: String,
+    /// Do not ask
+    #[arg(long, short)]
+    yes: bool,
+    #[command(flatten)]
+    waiting: Waiting,
+}
+
 /// What is asked of the cluster.
 pub struct Order<'a> {
     path: &'static str,
@@ -130,6 +144,19 @@ impl Reinit {
     pub fn order(&self) -> Result<Order<'_>, Failure> {
         confirm(self.yes, &format!("Set the data of `{}` aside and clone it again?", self.member))?;
         Ok(Order { path: "/v1/reinit", body: json!({ "member": self.member }), waiting: &self.waiting })
+    }
+}
+
+impl AcceptStore {
+    pub fn order(&self) -> Result<Order<'_>, Failure> {
+        let AcceptStore { member, position, .. } = self;
+        let question = format!(
+            "etcd was wiped or restored and no leader sits. Are the data of `{member}` at {position} the cluster from now on? \
+             A primary that still runs somewhere must be off: one that holds by promises is not bound by any waiting."
+        );
+        confirm(self.yes, &question)?;
+        let body = json!({ "member": member, "position": position });
+        Ok(Order { path: "/v1/accept-store", body, waiting: &self.waiting })
     }
 }
 

@@ -1,10 +1,15 @@
 //! `decide(&View) -> Plan`: the ordered list of rules. The first that has something to say decides.
 
+use std::time::Duration;
+
 use super::plan::{Plan, Step};
+use super::promise::Lead;
+use super::records::{LeaderState, SyncClaim, Write};
 use super::rules::{
     Facts, bootstrap, electing, follow, identity, leader, reattach, sealing, stopping, storage, superseded, takeover,
     unknown, waiting,
 };
+use super::trust::Trust;
 use super::view::View;
 use super::{lint, publish, silence};
 
@@ -31,7 +36,7 @@ pub const RULES: &[(&str, Rule)] = &[
     ("store", unknown::store),
     ("name", identity::unique),
     ("restored", identity::restored),
-    ("older", unknown::older),
+    ("lost", unknown::lost),
     // S10: the record is ours, so its lease is kept, whatever PostgreSQL says or does not say.
     ("lease", reattach::rule),
     ("local", unknown::local),
@@ -61,8 +66,9 @@ pub fn decide(view: &View) -> Plan {
     }
     // L1: what ends something must not wait for a state disk that may be full.
     let gives_up = plan.steps.iter().any(|step| matches!(step, Step::Kill | Step::DropLease));
-    if !gives_up && let Some(remember) = remember(view) {
-        plan.steps.insert(0, remember);
+    if !gives_up {
+        let first = remember(view).into_iter().chain(remember_lead(view, &plan)).chain(end_promise(view));
+        plan.steps.splice(0..0, first.collect::<Vec<_>>());
     }
     if !plan.rule.starts_with("identity.")
         && let Some(step) = publish::step(view, &plan)
@@ -75,22 +81,79 @@ pub fn decide(view: &View) -> Plan {
     plan
 }
 
-/// The state file learns of a higher term before anything is done about it.
+/// The store's revision is taken down this often: whoever was down for longer than that sees that a backup is older.
+const REVISION_TAKEN_DOWN: Duration = Duration::from_secs(10);
+
+/// The state file learns of a higher term before anything is done about it, and what the store is.
 fn remember(view: &View) -> Option<Step> {
     let facts = Facts::of(view)?;
     let durable = &view.memory.durable;
-    if durable.store_id != 0 && facts.records.store_id != durable.store_id {
+    let term = facts.leader.map(|l| l.value.term).unwrap_or_default();
+    let sync = facts.records.sync.value().map(|s| s.term).unwrap_or_default();
+    let (store_id, store_revision) = (facts.records.store_id, facts.records.revision);
+    match facts.trust() {
+        Trust::Lost { .. } => return (!durable.store_lost).then_some(Step::DistrustStore),
+        Trust::MadeGood { .. } => {
+            return Some(Step::AcceptStore { highest_term: term, highest_sync_term: sync, store_id, store_revision });
+        }
+        Trust::Right => {}
+    }
+    let (highest_term, highest_sync_term) = (term.max(durable.highest_term), sync.max(durable.highest_sync_term));
+    let due = view.memory.remembered_at.is_none_or(|at| view.now.since(at) >= REVISION_TAKEN_DOWN);
+    if (highest_term, highest_sync_term) == (durable.highest_term, durable.highest_sync_term)
+        && durable.store_id != 0
+        && !(due && store_revision > durable.store_revision)
+    {
         return None;
     }
-    let term = facts.leader.map(|l| l.value.term).unwrap_or_default().max(durable.highest_term);
-    let sync = facts.records.sync.value().map(|s| s.term).unwrap_or_default().max(durable.highest_sync_term);
-    if term == durable.highest_term && sync == durable.highest_sync_term && durable.store_id != 0 {
+    let store_revision = store_revision.max(durable.store_revision);
+    Some(Step::Remember { highest_term, highest_sync_term, store_id, store_revision })
+}
+
+/// A leader that says in the store that it is finished gives back what was promised to it.
+fn end_promise(view: &View) -> Option<Step> {
+    let facts = Facts::of(view)?;
+    let bond = view.memory.bond.as_ref()?;
+    let given_back = matches!(facts.trust(), Trust::Right) && bond.promise.given_back(facts.records);
+    given_back.then(|| Step::EndPromise { to: bond.promise.to.clone(), term: bond.promise.term })
+}
+
+/// What a leader has to know of its term without the store: ahead of every write that changes it, and as little as is true
+/// once the outcome of the last one is known.
+fn remember_lead(view: &View, plan: &Plan) -> Option<Step> {
+    let facts = Facts::of(view)?;
+    let mine = facts.mine().filter(|l| l.value.state == LeaderState::Held)?;
+    if !matches!(facts.trust(), Trust::Right) {
         return None;
     }
-    Some(Step::Remember {
-        highest_term: term,
-        highest_sync_term: sync,
-        store_id: facts.records.store_id,
-        store_revision: facts.records.revision.max(durable.store_revision),
-    })
+    let durable = &view.memory.durable;
+    let known = durable.lead.as_ref().filter(|lead| lead.record.term == mine.value.term);
+    // A record that was mended goes on with what was known under the term before.
+    let carried = durable.lead.as_ref().filter(|lead| lead.record.holder == *facts.me() && lead.unconfirmed);
+    let settled = view.memory.sync_settled && !view.memory.doubtful_sync;
+    let mut claims: Vec<SyncClaim> = Vec::new();
+    let mut add = |claim: &SyncClaim| {
+        if !claims.contains(claim) {
+            claims.push(claim.clone());
+        }
+    };
+    facts.records.sync.value().into_iter().for_each(&mut add);
+    if !settled || facts.records.sync.value().is_none() {
+        known.into_iter().flat_map(|lead| &lead.claims).for_each(&mut add);
+    }
+    let mut membership = facts.records.membership.value().map(|m| m.members.clone()).unwrap_or_default();
+    membership.extend(known.into_iter().flat_map(|lead| lead.membership.iter().cloned()));
+    for write in plan.steps.iter().flat_map(Step::writes) {
+        match write {
+            Write::Sync(claim) => add(claim),
+            Write::Membership(written) => membership.extend(written.members.iter().cloned()),
+            _ => {}
+        }
+    }
+    let mut timelines = facts.records.timelines.clone();
+    timelines.extend(known.into_iter().flat_map(|lead| lead.timelines.clone()));
+    let unconfirmed = known.or(carried).is_some_and(|lead| lead.unconfirmed)
+        && !(view.promises.term == mine.value.term && view.promises.confirmed(facts.records.store_id));
+    let lead = Lead { record: mine.value.clone(), claims, membership, timelines, unconfirmed };
+    (known != Some(&lead)).then(|| Step::RememberLead { lead: Box::new(lead) })
 }

@@ -176,10 +176,12 @@ impl Silence {
             // Not renewed yet, unreadable or of another term: the record's own revision is the sign of life.
             _ => 0,
         };
-        let now = Silence { term: leader.value.term, leader_revision: leader.revision, seq, first_seen: observed_at };
-        match previous {
-            Some(p) if p.term == now.term && p.leader_revision == now.leader_revision && p.seq == seq => Some(p),
-            _ => Some(now),
+        let (term, leader_revision) = (leader.value.term, leader.revision);
+        let now = Silence { term, leader_revision, seq, first_seen: observed_at, renewed: false };
+        match previous.filter(|p| (p.term, p.leader_revision) == (term, leader_revision)) {
+            Some(p) if p.seq == seq => Some(p),
+            Some(_) => Some(Silence { renewed: true, ..now }),
+            None => Some(now),
         }
     }
 }

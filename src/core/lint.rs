@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::plan::{Plan, Step};
 use super::records::{Durability, Entry, Key, LeaderState, Write};
 use super::rules::Facts;
-use super::view::{DataDirectory, LocalPostgres, View};
+use super::view::{DataDirectory, GuardState, LocalPostgres, View};
 
 /// One sentence for each invariant that `plan` would break in `view`.
 pub fn violations(view: &View, plan: &Plan) -> Vec<String> {
@@ -78,12 +78,12 @@ pub fn violations(view: &View, plan: &Plan) -> Vec<String> {
                     if let Write::Leader(record) = write {
                         if record.state == LeaderState::Held
                             && !view.lease.valid(record.term, view.now)
-                            && plan.rule != "leader.mend"
+                            && !plan.rule.starts_with("leader.mend")
                         {
                             found.push(format!("S8: `{what}` publishes term {} without its lease", record.term));
                         }
                         let takes = record.holder == view.me.id && mine.is_none();
-                        if takes && !guarded(&Key::Lease) && plan.rule != "leader.mend" {
+                        if takes && !guarded(&Key::Lease) && !plan.rule.starts_with("leader.mend") {
                             found.push(format!("S1: `{what}` takes the record over without comparing the lease"));
                         }
                         // Whoever acknowledges alone is ended by its clock, or by a person.
@@ -116,7 +116,37 @@ pub fn violations(view: &View, plan: &Plan) -> Vec<String> {
                     found.push(format!("S1: following a leader of term {} after sealing a higher one", follow.term));
                 }
             }
-            Step::Join { .. }
+            Step::HoldByPromises { term } => {
+                let armed =
+                    matches!(view.local.guard.state, GuardState::Running { armed: Some(armed), .. } if armed <= *term);
+                if !armed {
+                    found.push(format!("S1: term {term} held by promises without PostgreSQL under it"));
+                }
+            }
+            Step::AcceptStore { highest_term, .. } => {
+                if *highest_term <= view.memory.durable.highest_term {
+                    found.push(format!("S12: a lost store believed for term {highest_term}"));
+                }
+            }
+            Step::RememberLead { lead } => {
+                let known = view.memory.durable.lead.as_ref().filter(|known| known.record.term == lead.record.term);
+                let settled = view.memory.sync_settled && !view.memory.doubtful_sync;
+                if !settled && known.is_some_and(|known| known.claims.iter().any(|c| !lead.claims.contains(c))) {
+                    found.push("S1: a claim that may stand would be forgotten".to_owned());
+                }
+            }
+            Step::EndPromise { to, term } => {
+                let given_back = view.memory.bond.as_ref().is_some_and(|bond| {
+                    bond.promise.to == *to
+                        && bond.promise.term == *term
+                        && facts.as_ref().is_some_and(|f| bond.promise.given_back(f.records))
+                });
+                if !given_back {
+                    found.push(format!("S1: the promise to {} (term {term}) is taken back by us", to.name));
+                }
+            }
+            Step::DistrustStore
+            | Step::Join { .. }
             | Step::NewIncarnation { .. }
             | Step::Arm { .. }
             | Step::ForgetCrashes

@@ -79,6 +79,8 @@ impl Memory {
         postgres: &LocalPostgres,
         observed_at: Moment,
     ) {
+        let seen = self.store_seen.filter(|(id, _)| *id == records.store_id).map_or(0, |(_, revision)| revision);
+        self.store_seen = Some((records.store_id, seen.max(records.revision)));
         let silent = self.silence;
         self.silence = Silence::observe(self.silence, records, observed_at);
         // Somebody leads or elects just now, and PostgreSQL runs here: what it has is not older than the cluster's end.
@@ -209,7 +211,9 @@ impl Memory {
         let leads = records.leader().is_some_and(|l| l.holder == me.id);
         let mine = |what: &Operation| match what {
             Operation::Switchover { .. } | Operation::Failover { .. } => leads,
-            Operation::Restart { member } | Operation::Reinit { member } => *member == me.id.name,
+            Operation::Restart { member } | Operation::Reinit { member } | Operation::AcceptStore { member, .. } => {
+                *member == me.id.name
+            }
         };
         let next = records
             .requests

@@ -6,10 +6,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::names::{ClusterName, MemberId, MemberName};
-use super::silence;
 use super::time::Moment;
 use super::timeline::Term;
 use super::view::{DataDirectory, GuardState, LocalPostgres, View};
+use super::{promise, silence};
 
 /// Of the messages. Raised when an older reader would misunderstand a newer writer, not when a field is added.
 pub const VERSION: u32 = 1;
@@ -33,6 +33,8 @@ pub struct Question {
 pub enum Asks {
     /// How are you, and what do you see?
     Report,
+    /// Will you take no part in a term above mine? Only the sitting leader asks, and only while its renewals are late.
+    Promise(promise::Promise),
     /// Of a newer version.
     #[serde(other)]
     Unknown,
@@ -51,6 +53,14 @@ pub struct Answer {
 #[serde(rename_all = "snake_case", tag = "is")]
 pub enum Says {
     Report(Box<Report>),
+    /// On disk, from when this was answered on.
+    Promised {
+        highest_term: Term,
+        store_id: u64,
+    },
+    NotPromised {
+        why: promise::Denied,
+    },
     Refused {
         why: String,
     },
@@ -158,9 +168,18 @@ impl Report {
 }
 
 impl Promise {
-    /// This member's own. Nobody is asked for promises yet.
-    pub fn of(_view: &View) -> Promise {
-        Promise::Free
+    /// This member's own: bound until its own clocks say that it is not, or the leader gives it back.
+    pub fn of(view: &View) -> Promise {
+        let bond = view.memory.bond.as_ref().filter(|bond| bond.binds(view.now));
+        let given_back = |bond: &&promise::Bond| view.store.records().is_some_and(|r| bond.promise.given_back(r));
+        match bond.filter(|bond| !given_back(bond)) {
+            None => Promise::Free,
+            Some(bond) => Promise::Bound {
+                to: bond.promise.to.clone(),
+                term: bond.promise.term,
+                left_ms: silence::milliseconds(view.now.until(bond.until)),
+            },
+        }
     }
 }
 

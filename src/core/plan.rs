@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::lsn::Lsn;
 use super::names::{MemberId, MemberName};
-use super::records::{Outcome, TimelineReservation, Transaction};
+use super::promise::Lead;
+use super::records::{Outcome, TimelineReservation, Transaction, Write};
 use super::time::Moment;
 use super::timeline::{Term, TimelineId};
 
@@ -60,6 +61,24 @@ pub enum Step {
         store_id: u64,
         store_revision: i64,
     },
+    /// fsync that the store is another one or went back.
+    DistrustStore,
+    /// fsync that a lost store was made good by a leader of this term.
+    AcceptStore {
+        highest_term: Term,
+        highest_sync_term: Term,
+        store_id: u64,
+        store_revision: i64,
+    },
+    /// fsync what the term rests on, ahead of what changes it; the keeper asks for promises by it.
+    RememberLead {
+        lead: Box<Lead>,
+    },
+    /// A promise of ours was given back by the leader that has it.
+    EndPromise {
+        to: MemberId,
+        term: Term,
+    },
     /// The state file learns which cluster this member belongs to.
     Join {
         system_identifier: u64,
@@ -79,6 +98,10 @@ pub enum Step {
         leader_revision: i64,
     },
     DropLease,
+    /// The term that the guardian is armed for goes on by promises alone: the store is away or is not to be believed.
+    HoldByPromises {
+        term: Term,
+    },
     /// The guardian counts the deadlines of this term from now on.
     Arm {
         term: Term,
@@ -153,6 +176,14 @@ pub enum Step {
 }
 
 impl Step {
+    /// What this step writes into the store by itself.
+    pub fn writes(&self) -> impl Iterator<Item = &Write> {
+        match self {
+            Step::Commit { transaction, .. } => transaction.write.iter(),
+            _ => [].iter(),
+        }
+    }
+
     /// Jobs run aside and show in the next view; everything else is done within the round.
     pub fn is_job(&self) -> bool {
         matches!(

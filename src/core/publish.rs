@@ -58,6 +58,7 @@ fn changed(before: &MemberRecord, now: &MemberRecord) -> bool {
             (r.timeline, r.term, r.host.clone(), r.port, r.endpoint, r.tags.clone()),
             (
                 r.pending_restart,
+                r.promise.clone(),
                 r.job.as_ref().map(|j| j.what.clone()),
                 r.overtaken.max(before.overtaken),
                 r.kept.clone(),
@@ -106,6 +107,8 @@ pub fn record(view: &View, plan: &Plan) -> MemberRecord {
         agent_version: me.agent_version.clone(),
         pending_restart,
         job: job(view),
+        promise: view.memory.bond.as_ref().filter(|bond| bond.binds(view.now)).map(|bond| bond.promise.clone()),
+        highest_term: view.memory.durable.highest_term,
         overtaken: view.memory.overtaken,
         rule: plan.rule.clone(),
         reason: plan.reason.clone(),

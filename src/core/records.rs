@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
+use super::promise::Promise;
 use super::route::EndpointPorts;
 use super::timeline::{History, Term, TimelineId};
 
@@ -37,6 +38,10 @@ pub struct LeaderRecord {
     pub lsn: Option<Lsn>,
     /// The last leader that published `held`; kept through `electing` until the next one publishes.
     pub last: Option<Published>,
+    /// Identity of the store for which a leader vouched: every later record copies it. A backup restored into a new store
+    /// carries the old one's, so it shows itself to whoever reads it. 0: written before there was such a word.
+    #[serde(default)]
+    pub store_id: u64,
 }
 
 /// From whom a term was taken on suspicion: whether it was right shows later, and decides how patient the next one is (L5).
@@ -251,6 +256,12 @@ pub struct MemberRecord {
     /// The last term that was taken from this member while its PostgreSQL was read-write: the suspicion was wrong.
     #[serde(default)]
     pub overtaken: Option<Term>,
+    /// Its word to the sitting leader, while it binds: not to be counted on in an election.
+    #[serde(default)]
+    pub promise: Option<Promise>,
+    /// Highest term that it remembers; a store that says less is not believed by it.
+    #[serde(default)]
+    pub highest_term: Term,
     /// The last plan's rule and reason, so that any member can tell what every other waits for (L6).
     pub rule: String,
     pub reason: String,
@@ -349,6 +360,9 @@ pub enum Operation {
     Restart { member: MemberName },
     /// Set the data of a standby aside and clone it again.
     Reinit { member: MemberName },
+    /// The store is lost and no leader sits: this member's data, up to this position, are the cluster from now on. Whoever
+    /// asks has the position before their eyes.
+    AcceptStore { member: MemberName, timeline: TimelineId, position: Lsn },
 }
 
 impl Operation {
@@ -362,7 +376,7 @@ impl Operation {
                 let elected = matches!(leader.state, LeaderState::Electing { .. });
                 Some(Term(leader.term.0.saturating_sub(u64::from(elected))))
             }
-            Operation::Restart { .. } | Operation::Reinit { .. } => None,
+            Operation::Restart { .. } | Operation::Reinit { .. } | Operation::AcceptStore { .. } => None,
         }
     }
 }

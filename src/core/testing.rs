@@ -9,6 +9,7 @@ use super::lease::{Takeover, Timings};
 use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
 use super::plan::{Follow, Plan, Source, SyncRule, walreceiver_name};
+use super::promise::Promises;
 use super::records::*;
 use super::storage::{Storage, StoragePolicy};
 use super::time::Moment;
@@ -109,6 +110,7 @@ impl Cluster {
             taken: None,
             lsn: None,
             last: Some(last),
+            store_id: self.records.store_id,
         };
         self.records.leader = Entry::Present(Keyed { revision: 50, value: leader });
         self.records.lease =
@@ -176,6 +178,8 @@ impl Cluster {
             pending_restart: false,
             job: None,
             overtaken: None,
+            promise: None,
+            highest_term: term,
             rule: "follower".to_owned(),
             reason: "follows the leader".to_owned(),
             storage: StorageSummary::default(),
@@ -235,6 +239,7 @@ impl Cluster {
                 Some(leader) => LeaseView::Held { term: leader.term, deadline: self.now.plus(self.policy.timings.ttl) },
                 None => LeaseView::None,
             },
+            promises: Promises::default(),
             memory: self.memory(leads.is_some()),
             peers: BTreeMap::new(),
             job: None,

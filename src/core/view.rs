@@ -12,6 +12,7 @@ use super::lsn::Lsn;
 use super::names::{MemberId, MemberName};
 use super::peers::Peer;
 use super::plan::{Follow, SyncRule};
+use super::promise::{Bond, Lead, Promise, Promises};
 use super::records::{ClusterRecords, Durability, KeptWal, LeaderRecord, MemberRecord, Outcome, Tags};
 use super::route::EndpointPorts;
 use super::storage::{Place, Storage, StoragePolicy};
@@ -26,6 +27,9 @@ pub struct View {
     pub local: Local,
     pub store: Store,
     pub lease: LeaseView,
+    /// How the term is held without the store.
+    #[serde(default)]
+    pub promises: Promises,
     pub memory: Memory,
     /// The other members, by their agents' own word and by how their ports behave.
     #[serde(default)]
@@ -376,6 +380,15 @@ pub struct Memory {
     pub storage: BTreeMap<Place, (Moment, Moment)>,
     /// Standbys that streamed from here when PostgreSQL was last seen as a primary, and how far each had flushed.
     pub streamed: BTreeMap<MemberName, (Lsn, Moment)>,
+    /// The word that this member gave to the sitting leader, until when its own clocks have run.
+    #[serde(default)]
+    pub bond: Option<Bond>,
+    /// Identity and highest revision of the store as read since the agent started.
+    #[serde(default)]
+    pub store_seen: Option<(u64, i64)>,
+    /// When the state file last learned of the store's revision.
+    #[serde(default)]
+    pub remembered_at: Option<Moment>,
     /// Beats of the other members and when each was last seen to change.
     pub beats: BTreeMap<MemberName, (u64, Moment)>,
     /// When each other member's record was last seen to *change*: a record that only stands there may be of the past.
@@ -460,6 +473,23 @@ pub struct Durable {
     /// The data were copied or rewound from another member and have not been consistent since: they need WAL that only a
     /// leader has, so PostgreSQL is started following one, never parked.
     pub must_follow: bool,
+    /// The store was seen to be another one or to have gone back. Its revision grows past what is remembered, so this is
+    /// kept until a leader, or a person, makes the store good.
+    #[serde(default)]
+    pub store_lost: bool,
+    /// One variable with `sealed_term`: neither is written without a look at the other.
+    #[serde(default)]
+    pub promise: Option<Promise>,
+    /// Of our own term, while we lead.
+    #[serde(default)]
+    pub lead: Option<Lead>,
+}
+
+impl Durable {
+    /// Identity of the store that this member believes; 0: none.
+    pub fn trusted_store(&self) -> u64 {
+        if self.store_lost { 0 } else { self.store_id }
+    }
 }
 
 /// Since when the store shows the same lease.
@@ -469,6 +499,9 @@ pub struct Silence {
     pub leader_revision: i64,
     pub seq: u64,
     pub first_seen: Moment,
+    /// A renewal of this record was seen to come: somebody sits there.
+    #[serde(default)]
+    pub renewed: bool,
 }
 
 /// What this member saw of one holder in one term.

@@ -31,7 +31,7 @@ pub const MAX_OPERATIONS: usize = 128;
 const MAX_EXACT: u64 = 1 << 53;
 
 /// Fields that hold a `u64` in our records and may come back as a string.
-const WIDE: [&str; 10] = [
+const WIDE: [&str; 12] = [
     "system_identifier",
     "term",
     "seq",
@@ -42,6 +42,8 @@ const WIDE: [&str; 10] = [
     "timeout_ms",
     "done_bytes",
     "total_bytes",
+    "store_id",
+    "highest_term",
 ];
 
 // === Key names ===

@@ -71,7 +71,6 @@ impl Etcd {
 
     /// Starts it for the first time, or again with the data that it has.
     pub fn start_member(&mut self, index: usize) -> Result<(), DemoError> {
-        let cluster: Vec<String> = self.members.iter().map(|m| format!("{}={}", m.name, m.url(&m.peer))).collect();
         let member = &self.members[index];
         let url = |port: &Port| member.url(port);
         let directory = self.directory(index);
@@ -79,12 +78,12 @@ impl Etcd {
             .map_err(|error| DemoError::failed(format!("make {}", directory.display()), error))?;
         let options = [
             ("--name", member.name.clone()),
-            ("--data-dir", directory.join("data").display().to_string()),
+            ("--data-dir", self.data_dir(index).display().to_string()),
             ("--listen-client-urls", url(&member.client)),
             ("--advertise-client-urls", url(&member.client)),
             ("--listen-peer-urls", url(&member.peer)),
             ("--initial-advertise-peer-urls", url(&member.peer)),
-            ("--initial-cluster", cluster.join(",")),
+            ("--initial-cluster", self.initial_cluster()),
             ("--initial-cluster-token", self.token()),
             ("--initial-cluster-state", "new".to_owned()),
         ];
@@ -93,6 +92,70 @@ impl Etcd {
         let process = Process::spawn(&member.name, &member.host, &self.program, &arguments, &directory, &log)?;
         self.members[index].process = Some(process);
         Ok(())
+    }
+
+    fn data_dir(&self, index: usize) -> PathBuf {
+        self.base.join(&self.members[index].name).join("data")
+    }
+
+    fn initial_cluster(&self) -> String {
+        let members: Vec<String> = self.members.iter().map(|m| format!("{}={}", m.name, m.url(&m.peer))).collect();
+        members.join(",")
+    }
+
+    /// Takes the data of a stopped member away: it starts as a new one.
+    pub fn wipe_member(&self, index: usize) -> Result<(), DemoError> {
+        let data = self.data_dir(index);
+        std::fs::remove_dir_all(&data).map_err(|error| DemoError::failed(format!("remove {}", data.display()), error))
+    }
+
+    /// A backup of everything, as an operator takes it.
+    pub fn snapshot(&self, file: &Path) -> Result<(), DemoError> {
+        self.etcdctl(&[
+            "--endpoints",
+            &self.members[0].url(&self.members[0].client),
+            "snapshot",
+            "save",
+            &file.display().to_string(),
+        ])
+    }
+
+    /// Lets a stopped member begin from a backup. `new_id`: as a new cluster, with another id.
+    pub fn restore_member(&self, index: usize, file: &Path, new_id: bool) -> Result<(), DemoError> {
+        self.wipe_member(index)?;
+        let member = &self.members[index];
+        let token = if new_id { format!("{}-restored", self.token()) } else { self.token() };
+        self.etcdctl(&[
+            "snapshot",
+            "restore",
+            &file.display().to_string(),
+            "--name",
+            &member.name,
+            "--data-dir",
+            &self.data_dir(index).display().to_string(),
+            "--initial-cluster",
+            &self.initial_cluster(),
+            "--initial-cluster-token",
+            &token,
+            "--initial-advertise-peer-urls",
+            &member.peer_url(),
+        ])
+    }
+
+    fn etcdctl(&self, arguments: &[&str]) -> Result<(), DemoError> {
+        let program = find("etcdctl").ok_or_else(|| DemoError::Missing {
+            what: "etcdctl".to_owned(),
+            remedy: "install it (Debian: `apt-get install etcd-client`)".to_owned(),
+        })?;
+        let output = std::process::Command::new(program)
+            .env("ETCDCTL_API", "3")
+            .args(arguments)
+            .output()
+            .map_err(|error| DemoError::failed("run etcdctl", error))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(DemoError::failed("etcdctl", String::from_utf8_lossy(&output.stderr)))
     }
 
     pub fn signal(&self, index: usize, signal: Signal) {

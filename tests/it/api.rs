@@ -69,6 +69,7 @@ async fn start_with(view: View, change: impl FnOnce(&mut ApiConfig)) -> Server {
         cluster: ClusterName::new("maas").unwrap(),
         answers: Arc::new(Answers {
             cluster: ClusterName::new("maas").unwrap(),
+            state: crate::peers::state(tempfile::tempdir().unwrap().path()),
             status: published_status.clone(),
             clock: clock.clone(),
         }),

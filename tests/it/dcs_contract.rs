@@ -42,6 +42,7 @@ fn leader(term: u64) -> LeaderRecord {
         taken: None,
         lsn: None,
         last: None,
+        store_id: u64::MAX,
     }
 }
 

@@ -82,8 +82,17 @@ fn a_destroyed_record_is_mended_only_while_the_guardian_would_not_kill_yet() {
     let mut late = view.clone();
     late.lease = LeaseView::Held { term: Term(4), deadline: view.now.plus(Duration::from_millis(900)) };
     assert!(kills(&late));
-    view.lease = LeaseView::None;
-    assert!(kills(&view));
+    // Another life of the agent, or a record that was destroyed again before its first renewal: the guardian's word counts.
+    for lease in [LeaseView::None, LeaseView::Claimed { term: Term(5) }] {
+        view.lease = lease;
+        assert_eq!(decide(&view).rule, "leader.mend");
+        let mut unarmed = view.clone();
+        unarmed.local.guard.state = GuardState::Running { postmaster: 1, armed: None };
+        assert!(kills(&unarmed));
+        let mut later = view.clone();
+        later.memory.durable.highest_term = Term(6);
+        assert!(kills(&later), "somebody led since");
+    }
 }
 
 /// In async mode the end of the last process is the proof that nothing more is acknowledged; in sync mode the seals are.

@@ -12,6 +12,7 @@ mod guardian;
 mod guardian_postgresql;
 mod guards;
 mod layers;
+mod outage;
 mod outlook;
 mod peers;
 mod random;

@@ -1,17 +1,22 @@
 //! The agent port over real sockets: the asking adapter against the API that answers.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pgvigil::agent::answers::Answers;
+use pgvigil::agent::state_file::StateFile;
 use pgvigil::agent::status::Status;
 use pgvigil::api::testing::{StandingClock, published};
 use pgvigil::api::{Api, serve};
 use pgvigil::config::{ApiConfig, MemberAddress, Secret};
 use pgvigil::core::ClusterName;
 use pgvigil::core::peers::{Answer, Asks, HolderSeen, Question, Says, Tried, VERSION};
+use pgvigil::core::promise::Promise;
 use pgvigil::core::testing::{Cluster, SYSTEM, cluster, id, idle, lag, name, secs};
+use pgvigil::core::timeline::Term;
+use pgvigil::core::view::HolderMemory;
 use pgvigil::peers::HttpPeers;
 use pgvigil::ports::{PeerError, Peers};
 use tokio::net::TcpListener;
@@ -27,10 +32,17 @@ struct Agent {
     status: watch::Sender<Option<Arc<Status>>>,
     clock: Arc<StandingClock>,
     task: JoinHandle<()>,
+    directory: tempfile::TempDir,
 }
 
 fn healthy() -> Cluster {
     cluster().leader("a", 4).standby("b", lag(0)).standby("c", lag(0)).sync(1, ["b", "c"])
+}
+
+/// The state file of `b`.
+pub fn state(directory: &Path) -> Arc<Mutex<StateFile>> {
+    let cluster = ClusterName::new("maas").unwrap();
+    Arc::new(Mutex::new(StateFile::open(directory, &cluster, &name("b")).unwrap()))
 }
 
 async fn agent(token: Option<&str>) -> Agent {
@@ -45,7 +57,13 @@ async fn agent(token: Option<&str>) -> Agent {
     let (status, published_status) = watch::channel(Some(published(healthy().seen_by("b"), idle())));
     let clock = Arc::new(StandingClock::default());
     let cluster = ClusterName::new("maas").unwrap();
-    let answers = Answers { cluster: cluster.clone(), status: published_status.clone(), clock: clock.clone() };
+    let directory = tempfile::tempdir().unwrap();
+    let answers = Answers {
+        cluster: cluster.clone(),
+        state: state(directory.path()),
+        status: published_status.clone(),
+        clock: clock.clone(),
+    };
     let api = Api {
         endpoint: watch::channel(None).1,
         config,
@@ -56,7 +74,7 @@ async fn agent(token: Option<&str>) -> Agent {
         clock: clock.clone(),
     };
     let task = tokio::spawn(serve(api, listener, CancellationToken::new()));
-    Agent { address, status, clock, task }
+    Agent { address, status, clock, task, directory }
 }
 
 /// `a` on the way to whoever listens there.
@@ -153,4 +171,42 @@ async fn where_a_token_is_configured_agents_show_it_too() {
         assert_eq!(answer.is_ok(), right, "{token:?}: {answer:?}");
         assert!(right || matches!(answer, Err(PeerError::Foreign { .. })), "{answer:?}");
     }
+}
+
+/// A promise is on disk before it is answered, to the leader that this member knows and to nobody else: without a token
+/// anybody may ask.
+#[tokio::test]
+async fn a_promise_is_given_to_the_sitting_leader_only_and_is_on_disk_then() {
+    let agent = agent(None).await;
+    let mut view = healthy().seen_by("b");
+    view.memory.holder = Some(HolderMemory {
+        member: name("a"),
+        term: Term(4),
+        agent_answered: true,
+        postgres_answered: true,
+        wal: None,
+        looked_at: None,
+    });
+    agent.status.send_replace(Some(published(view, idle())));
+    let peers = way_to(agent.address, agent.address, None);
+    let wants = |from: &str, to: &str, term: u64, length_ms: u64| {
+        let promise = Promise { to: id(to), term: Term(term), length_ms };
+        Question { from: id(from), asks: Asks::Promise(promise), ..question() }
+    };
+    let file = || std::fs::read_to_string(agent.directory.path().join("state.json")).unwrap();
+    for (question, why) in [
+        (wants("c", "c", 4, 8_162), "c is not the leader"),
+        (wants("c", "a", 4, 8_162), "for somebody else"),
+        (wants("c", "c", 40, 8_162), "a term that nobody knows"),
+        (wants("a", "a", 4, 100_000_000), "for a day"),
+    ] {
+        let says = ask(&peers, &question).await.unwrap().says;
+        assert!(matches!(says, Says::Refused { .. }), "{why}: {says:?}");
+    }
+    assert!(file().contains("\"promise\": null"), "{}", file());
+    let says = ask(&peers, &wants("a", "a", 4, 8_162)).await.unwrap().says;
+    assert!(matches!(says, Says::Promised { .. }), "{says:?}");
+    assert!(file().contains("\"length_ms\": 8162"), "{}", file());
+    let says = ask(&peers, &wants("a", "a", 3, 8_162)).await.unwrap().says;
+    assert!(matches!(says, Says::NotPromised { .. } | Says::Refused { .. }), "{says:?}");
 }

@@ -9,16 +9,18 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use pgvigil::core::decide::decide;
+use pgvigil::core::holding::{Ask, Holding};
 use pgvigil::core::lease::{Takeover, Timings};
 use pgvigil::core::lint;
-use pgvigil::core::peers::{Door, Heard, Peer, Promise, Report, Tried};
+use pgvigil::core::peers::{Door, Heard, Peer, Promise as Bound, Report, Tried};
 use pgvigil::core::plan::{Follow, NOBODY, Plan, Step, SyncRule, parse_walreceiver_name};
+use pgvigil::core::promise::{Answer as Promised, Bond, Promise, may_be_given, refuses_promise, refuses_seal};
 use pgvigil::core::records::{
     ClusterRecords, Durability, Entry, Key, Keyed, LeaderState, LeaseRecord, Position, SealRecord, Tags, Transaction,
     Write,
 };
 use pgvigil::core::storage::{Disk, Place, Probe, Space, Storage, StoragePolicy};
-use pgvigil::core::timeline::{History, HistoryEntry, TimelineId};
+use pgvigil::core::timeline::{History, HistoryEntry, Term, TimelineId};
 use pgvigil::core::view::{
     DataDirectory, Durable, Exit, Guard, GuardState, JobKind, LastMessage, LeaseView, Local, LocalPostgres, Me, Memory,
     Policy, PrimaryFacts, Receiver, Replica, StandbyFacts, Store, View,
@@ -74,11 +76,15 @@ pub struct Member {
     pub data: DataDirectory,
     pub pg: Pg,
     pub disk: (u32, History, u64),
+    /// The lease keeper: the product's own.
+    pub holding: Holding,
     pub lease: LeaseView,
-    pub kept: Option<i64>,
+    /// Until when the promise in the state file binds, as this life of the agent counts it.
+    pub bound_until: Option<Moment>,
+    pub standing: Option<Term>,
     /// F as the guardian knows it: outlives the agent.
     pub fence: Option<Moment>,
-    pub armed: Option<pgvigil::core::timeline::Term>,
+    pub armed: Option<Term>,
     pub agent: bool,
     pub store: bool,
     /// It lost the store in the middle of a change, for some rounds.
@@ -91,6 +97,8 @@ pub struct Member {
     pub stalled: Option<Moment>,
     /// Less room than PostgreSQL needs: a start fails.
     pub full: bool,
+    /// Do the other agents reach this one, and it them?
+    pub port: bool,
     /// What is left of the plan that is being carried out.
     pub pending: VecDeque<Step>,
     pub exit: Option<Exit>,
@@ -185,8 +193,10 @@ impl Toy {
                     data: DataDirectory::Empty,
                     pg: Pg::Down,
                     disk: (1, History::default(), 0),
+                    holding: Holding::default(),
                     lease: LeaseView::None,
-                    kept: None,
+                    bound_until: None,
+                    standing: None,
                     fence: None,
                     armed: None,
                     agent: true,
@@ -196,6 +206,7 @@ impl Toy {
                     halted: false,
                     stalled: None,
                     full: false,
+                    port: true,
                     pending: VecDeque::new(),
                     exit: None,
                     starts: 0,
@@ -498,35 +509,93 @@ impl Toy {
         }
     }
 
+    /// The lease keeper's thread: a renewal, and questions for promises where it is late.
     fn keep(&mut self, n: &MemberName) {
         let (lost, lagging) = (self.chance(10), self.chance(2));
+        let now = self.now;
+        self.tell_keeper(n);
         let m = self.members.get_mut(n).unwrap();
-        let Some(revision) = m.kept.filter(|_| m.store && !lagging) else { return };
-        let Some(term) = m.lease.term() else { return };
-        if self.records.leader.revision() == revision {
-            self.seq += 1;
-            self.records.revision += 1;
-            let lsn = match &m.pg {
-                Pg::Primary { flushed, .. } => Some(Lsn(*flushed)),
-                Pg::Standby { .. } | Pg::Down => None,
-            };
-            let lease = LeaseRecord { term, seq: self.seq, lsn };
-            self.records.lease = Entry::Present(Keyed { revision: self.records.revision, value: lease });
-            if lost {
-                return;
+        let renews = m.holding.order().and_then(|order| Some((order.term, order.leader_revision?)));
+        if let Some((term, revision)) = renews {
+            if !m.store {
+                m.holding.failed();
+            } else if lagging {
+                // Nothing is sent in this round.
+            } else if self.records.leader.revision() == revision {
+                self.seq += 1;
+                self.records.revision += 1;
+                let lsn = match &m.pg {
+                    Pg::Primary { flushed, .. } => Some(Lsn(*flushed)),
+                    Pg::Standby { .. } | Pg::Down => None,
+                };
+                let lease = LeaseRecord { term, seq: self.seq, lsn };
+                self.records.lease = Entry::Present(Keyed { revision: self.records.revision, value: lease });
+                if lost { m.holding.failed() } else { m.holding.renewed(now) }
+            } else if !lost {
+                m.holding.conflict();
             }
-            m.lease = LeaseView::Held { term, deadline: self.policy.timings.deadline(self.now) };
-            if m.armed == Some(term) {
-                m.fence = Some(self.policy.timings.kill_at(self.now));
-            }
-        } else if !lost {
-            let deadline = match &m.lease {
-                LeaseView::Held { deadline, .. } => Some(*deadline),
-                LeaseView::Lost { deadline, .. } => *deadline,
-                _ => None,
-            };
-            m.lease = LeaseView::Lost { term, deadline };
         }
+        self.ask_for_promises(n);
+        let (timings, m) = (self.policy.timings, self.members.get_mut(n).unwrap());
+        m.lease = m.holding.view(&timings);
+        if m.armed.is_some()
+            && m.armed == m.lease.term()
+            && let Some(since) = m.holding.since()
+        {
+            let fence = timings.kill_at(since);
+            m.fence = Some(m.fence.map_or(fence, |before| before.latest(fence)));
+        }
+    }
+
+    fn tell_keeper(&mut self, n: &MemberName) {
+        let m = self.members.get_mut(n).unwrap();
+        if let Some(lead) = m.memory.durable.lead.clone().filter(|lead| lead.record.holder == m.me.id) {
+            m.holding.rests_on(&lead, m.me.system_identifier);
+        }
+    }
+
+    fn ask_for_promises(&mut self, n: &MemberName) {
+        let (now, timings) = (self.now, self.policy.timings);
+        let Ask::Now { promise, members, .. } = self.member(n.as_str()).holding.whom_to_ask(&timings, now) else {
+            return;
+        };
+        for other in members {
+            let reached = self.reach(n, &other) && !self.chance(4);
+            let answer = if reached { self.promised(&other, &promise) } else { silent("no answer") };
+            // Given, and the answer is lost.
+            let answer = if self.chance(4) { silent("no answer") } else { answer };
+            self.member(n.as_str()).holding.answered(promise.term, other, answer, now);
+        }
+    }
+
+    fn promised(&mut self, n: &MemberName, promise: &Promise) -> Promised {
+        let view = self.view(n);
+        let m = self.members.get_mut(n).unwrap();
+        match m.promise(promise.clone(), &view) {
+            Ok(()) => Promised::Granted {
+                incarnation: m.me.id.incarnation,
+                sent: view.now,
+                highest_term: m.memory.durable.highest_term,
+                store_id: m.memory.durable.trusted_store(),
+            },
+            Err(_) => {
+                let bond = m.bond(view.now);
+                match refuses_promise(&m.memory.durable, bond.as_ref(), m.standing, promise, view.now) {
+                    Err(why) => Promised::Refused { why },
+                    Ok(()) => silent("refused"),
+                }
+            }
+        }
+    }
+
+    /// Do these two agents reach each other?
+    fn reach(&self, one: &MemberName, other: &MemberName) -> bool {
+        let cut = |from: &MemberName, to: &MemberName| self.cuts.contains(&(from.clone(), to.clone()));
+        let there = |n: &MemberName| {
+            let m = &self.members[n];
+            m.port && m.agent && !m.exited
+        };
+        !cut(one, other) && !cut(other, one) && there(one) && there(other)
     }
 
     pub fn view(&mut self, n: &MemberName) -> View {
@@ -534,6 +603,13 @@ impl Toy {
         let (now, policy, records) = (self.now, self.policy.clone(), self.records.clone());
         let receiver = if self.streams(n) { Receiver::Streaming } else { Receiver::None };
         let m = self.members.get_mut(n).unwrap();
+        m.memory.bond = m.bond(now);
+        if m.memory.bond.take_if(|bond| !bond.binds(now)).is_some() {
+            (m.memory.durable.promise, m.bound_until) = (None, None);
+        }
+        if m.store {
+            m.standing = None;
+        }
         let guard = match &m.pg {
             // SIGKILL waits for the disk.
             Pg::Down if m.stalled.is_some() => GuardState::Survivors { count: 1 },
@@ -595,7 +671,8 @@ impl Toy {
             policy,
             local,
             store,
-            lease: m.lease.clone(),
+            lease: m.holding.view(&self.policy.timings),
+            promises: m.holding.promises(&self.policy.timings),
             memory: m.memory.clone(),
             peers,
             job: None,
@@ -609,7 +686,7 @@ impl Toy {
         let others: Vec<MemberName> = self.members.keys().filter(|other| *other != n).cloned().collect();
         for other in others {
             let way = |from: &MemberName, to: &MemberName| !self.cuts.contains(&(from.clone(), to.clone()));
-            let reached = way(n, &other) && way(&other, n);
+            let reached = way(n, &other) && way(&other, n) && self.members[n].port && self.members[&other].port;
             let lost = self.chance(10);
             let m = &self.members[&other];
             let report =
@@ -617,8 +694,7 @@ impl Toy {
                     let mut report = Report::of(said, said.now, now);
                     if let Some(left) = m.promised.map(|until| now.until(until)).filter(|left| !left.is_zero()) {
                         let to = said.store.records().and_then(|r| r.leader()).unwrap().holder.clone();
-                        report.promise =
-                            Promise::Bound { to, term: said.memory.term, left_ms: left.as_millis() as u64 };
+                        report.promise = Bound::Bound { to, term: said.memory.term, left_ms: left.as_millis() as u64 };
                     }
                     report
                 });
@@ -693,6 +769,19 @@ impl Toy {
     /// Sends a transaction as the agent does, with what the answer leaves in its memory. False: the plan ends here.
     fn send(&mut self, n: &MemberName, transaction: &Transaction) -> bool {
         let now = self.now;
+        let m = self.members.get_mut(n).unwrap();
+        for write in &transaction.write {
+            if let Write::Leader(record) = write
+                && matches!(record.state, LeaderState::Electing { winner: None, .. })
+                && record.holder == m.me.id
+            {
+                let bond = m.bond(now);
+                if refuses_seal(&m.memory.durable, bond.as_ref(), record.term, now).is_err() {
+                    return false;
+                }
+                m.standing = Some(record.term);
+            }
+        }
         let answer = match (self.members[n].store, self.chance(15)) {
             (false, _) => Answer::Refused,
             (true, false) => self.commit(transaction).map_or(Answer::Refused, Answer::Done),
@@ -728,7 +817,10 @@ impl Toy {
                     if record.holder == m.me.id
                         && matches!(record.state, LeaderState::Held | LeaderState::Electing { .. }) =>
                 {
-                    m.keep_lease(record.term, revision);
+                    if record.state == LeaderState::Held {
+                        m.memory.held = Some(record.clone());
+                    }
+                    m.keep_lease(record.term, revision, Some(now), record.state == LeaderState::Held);
                 }
                 _ => {}
             }
@@ -763,7 +855,7 @@ impl Toy {
                 return false;
             }
             let m = self.members.get_mut(n).unwrap();
-            (m.lease, m.kept, m.memory.kept_revision) = (LeaseView::None, None, None);
+            m.drop_lease();
             m.ended(job, Ok(()), now);
             return true;
         }
@@ -795,6 +887,7 @@ impl Toy {
                     store_revision: *store_revision,
                     ..m.memory.durable.clone()
                 };
+                m.memory.remembered_at = Some(now);
             }
             Step::Join { system_identifier } => m.me.system_identifier = Some(*system_identifier),
             Step::NewIncarnation { copied } => {
@@ -802,9 +895,24 @@ impl Toy {
                 m.memory.durable.must_follow |= *copied;
             }
             Step::ForgetCrashes => m.memory.crashes.clear(),
-            Step::KeepLease { term, leader_revision } => m.keep_lease(*term, *leader_revision),
+            Step::KeepLease { term, leader_revision } => m.keep_lease(*term, *leader_revision, None, false),
+            Step::HoldByPromises { term } => m.holding.hold_by_promises(*term),
+            Step::RememberLead { lead } => m.memory.durable.lead = Some((**lead).clone()),
+            Step::DistrustStore => m.memory.durable.store_lost = true,
+            Step::AcceptStore { highest_term, highest_sync_term, store_id, store_revision } => {
+                let durable = &mut m.memory.durable;
+                durable.highest_term = durable.highest_term.max(*highest_term);
+                durable.highest_sync_term = durable.highest_sync_term.max(*highest_sync_term);
+                (durable.store_id, durable.store_revision, durable.store_lost) = (*store_id, *store_revision, false);
+                m.memory.store_seen = Some((*store_id, *store_revision));
+            }
+            Step::EndPromise { to, term } => {
+                if m.memory.durable.promise.as_ref().is_some_and(|p| p.to == *to && p.term == *term) {
+                    (m.memory.durable.promise, m.bound_until) = (None, None);
+                }
+            }
             Step::DropLease => {
-                (m.kept, m.memory.kept_revision, m.lease) = (None, None, LeaseView::None);
+                m.drop_lease();
             }
             Step::Kill => {
                 m.die("killed by the guardian: asked");
@@ -836,7 +944,8 @@ impl Toy {
                 }
             }
             Step::Seal { term, leader_revision } => {
-                if m.memory.durable.sealed_term > *term {
+                let bond = m.bond(now);
+                if refuses_seal(&m.memory.durable, bond.as_ref(), *term, now).is_err() {
                     return false;
                 }
                 m.memory.durable.sealed_term = *term;
@@ -844,6 +953,8 @@ impl Toy {
                 if m.stalled.is_some() || m.halted {
                     return false;
                 }
+                m.memory.durable.highest_term = m.memory.durable.highest_term.max(*term);
+                m.memory.durable.promise = m.memory.durable.promise.take().filter(|promise| promise.term >= *term);
                 let Pg::Standby { timeline, history, replayed, follows } = &mut m.pg else { return false };
                 *follows = None;
                 let position = Position {
@@ -860,8 +971,8 @@ impl Toy {
             Step::Promote { order } => {
                 let Pg::Standby { timeline, history, replayed, .. } = &m.pg else { return false };
                 let reserved = (order.parent.0, order.switch.0) == (*timeline, *replayed) && m.stalled.is_none();
-                let deadline = match &m.lease {
-                    LeaseView::Held { term, deadline } if *term == order.term && reserved => *deadline,
+                let deadline = match m.holding.view(&self.policy.timings) {
+                    LeaseView::Held { term, deadline } if term == order.term && reserved => deadline,
                     _ => {
                         m.fails(step, now);
                         return false;
@@ -1014,6 +1125,10 @@ impl Toy {
     }
 }
 
+fn silent(why: &str) -> Promised {
+    Promised::Silent { why: why.to_owned(), granted: None }
+}
+
 impl Member {
     pub fn die(&mut self, how: &str) {
         self.die_as(how, false);
@@ -1043,11 +1158,33 @@ impl Member {
         Storage { places: BTreeMap::from([(Place::Data, disk)]), ..Storage::default() }
     }
 
-    fn keep_lease(&mut self, term: pgvigil::core::timeline::Term, revision: i64) {
-        (self.kept, self.memory.kept_revision) = (Some(revision), Some(revision));
-        if self.lease.term() != Some(term) {
-            self.lease = LeaseView::Claimed { term };
-        }
+    fn keep_lease(&mut self, term: Term, revision: i64, sent: Option<Moment>, goes_on: bool) {
+        self.holding.keep(term, revision, sent, goes_on);
+        self.memory.kept_revision = Some(revision);
+    }
+
+    fn drop_lease(&mut self) {
+        (self.holding, self.lease, self.memory.kept_revision) = (Holding::default(), LeaseView::None, None);
+    }
+
+    /// As the state file counts it.
+    fn bond(&mut self, now: Moment) -> Option<Bond> {
+        let promise = self.memory.durable.promise.clone()?;
+        let until = *self.bound_until.get_or_insert_with(|| now.plus(promise.length()));
+        Some(Bond { promise, until })
+    }
+
+    /// The agent's answer to a question on the agent port.
+    fn promise(&mut self, promise: Promise, view: &View) -> Result<(), String> {
+        let now = view.now;
+        may_be_given(&promise, &promise.to, view)?;
+        let bond = self.bond(now);
+        refuses_promise(&self.memory.durable, bond.as_ref(), self.standing, &promise, now)
+            .map_err(|d| format!("{d:?}"))?;
+        let until = now.plus(promise.length());
+        self.bound_until = Some(self.bound_until.map_or(until, |before| before.latest(until)));
+        self.memory.durable.promise = Some(promise);
+        Ok(())
     }
 
     fn ended(&mut self, what: JobKind, result: Result<(), &str>, now: Moment) {
@@ -1082,9 +1219,14 @@ impl Member {
 
     /// The agent's process starts anew: only what is on disk is known.
     pub fn restart_agent(&mut self) {
-        self.memory = Memory { durable: self.memory.durable.clone(), ..Memory::default() };
+        let durable = self.memory.durable.clone();
+        let held =
+            durable.lead.as_ref().filter(|lead| lead.record.holder == self.me.id).map(|lead| lead.record.clone());
+        self.memory = Memory { durable, held, ..Memory::default() };
+        (self.holding, self.lease) = (Holding::default(), LeaseView::None);
+        // A stored promise runs its whole length again.
+        (self.bound_until, self.standing) = (None, None);
         (self.peers, self.said, self.refuses, self.frozen) = (BTreeMap::new(), None, false, false);
-        (self.lease, self.kept) = (LeaseView::None, None);
         self.pending.clear();
         self.agent = true;
         self.me.start_counter += 1;

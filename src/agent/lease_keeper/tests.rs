@@ -1,6 +1,7 @@
 //! The keeper's task under paused time, with the store in memory, a clock that stands until it is moved, and a page that
 //! remembers what was written to it.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 
 use async_trait::async_trait;
@@ -8,8 +9,13 @@ use tokio::sync::Semaphore;
 
 use super::*;
 use crate::core::names::ClusterName;
+use crate::core::peers::{Answer as PeerAnswer, Asks, Question, Says, Tried};
+use crate::core::promise::Denied;
 use crate::core::records::ClusterRecords;
+use crate::core::records::{Durability, LeaderRecord, LeaderState, SyncClaim};
+use crate::core::testing::{id, name};
 use crate::dcs::memory::{Fault, MemoryDcs, MemoryStore};
+use crate::ports::PeerError;
 
 const TERM: Term = Term(4);
 
@@ -77,6 +83,8 @@ struct Slow {
     takes: Arc<Mutex<Duration>>,
     /// The answer of a commit waits for one of these.
     answers: Arc<Semaphore>,
+    /// Nothing comes through.
+    away: Arc<AtomicBool>,
 }
 
 #[async_trait]
@@ -86,6 +94,10 @@ impl Dcs for Slow {
     }
 
     async fn commit(&self, transaction: &Transaction, within: Duration) -> Result<i64, DcsError> {
+        if self.away.load(Ordering::Relaxed) {
+            tokio::time::sleep(within).await;
+            return Err(DcsError::Timeout { what: "renew".to_owned(), within });
+        }
         let answer = self.inner.commit(transaction, within).await;
         self.clock.pass(*lock(&self.takes));
         self.answers.acquire().await.expect("never closed").forget();
@@ -101,12 +113,77 @@ impl Dcs for Slow {
     }
 }
 
+/// The other members: each grants, refuses, or (when it is not in the map) does not answer.
+#[derive(Clone)]
+struct Others {
+    says: Arc<Mutex<BTreeMap<MemberName, Says>>>,
+    /// Who was asked for which term and when.
+    asked: Arc<Mutex<Vec<(MemberName, Term, Moment)>>>,
+    clock: Arc<Standing>,
+}
+
+#[async_trait]
+impl Peers for Others {
+    async fn ask(&self, member: &MemberName, question: &Question, within: Duration) -> Result<PeerAnswer, PeerError> {
+        let Asks::Promise(promise) = &question.asks else { panic!("the keeper asks for promises only") };
+        assert_eq!(promise.length(), Duration::from_nanos(8_161_616_162).max(promise.length()), "T >= W");
+        lock(&self.asked).push((member.clone(), promise.term, self.clock.now()));
+        let says = lock(&self.says).get(member).cloned();
+        let Some(says) = says else {
+            tokio::time::sleep(within).await;
+            return Err(PeerError::Silent { member: member.clone(), why: "nothing came".to_owned() });
+        };
+        Ok(PeerAnswer {
+            version: 1,
+            cluster: question.cluster.clone(),
+            system_identifier: None,
+            from: id(member.as_str()),
+            says,
+        })
+    }
+
+    async fn knock(&self, _member: &MemberName, _within: Duration) -> Tried {
+        Tried::Silent
+    }
+
+    async fn parted(&self, _member: &MemberName) {}
+
+    fn separate(&self) -> Box<dyn Peers> {
+        Box::new(self.clone())
+    }
+}
+
+fn granted() -> Says {
+    Says::Promised { highest_term: TERM, store_id: 7 }
+}
+
+/// a leads, commits wait for one of b and c.
+fn lead() -> Lead {
+    let record = LeaderRecord {
+        holder: id("a"),
+        boot_id: "boot".to_owned(),
+        term: TERM,
+        state: LeaderState::Held,
+        ttl_ms: 8_000,
+        takeover_ms: 2_000,
+        taken: None,
+        lsn: None,
+        last: None,
+        store_id: 7,
+    };
+    let members = ["b", "c"].map(id).into();
+    let claim = SyncClaim { mode: Durability::Sync, primary: id("a"), members, k: 1, term: TERM };
+    let membership = ["a", "b", "c"].map(name).into();
+    Lead { record, claims: vec![claim], membership, timelines: Default::default(), unconfirmed: false }
+}
+
 struct Bench {
     keeper: LeaseKeeper,
     store: MemoryStore,
     dcs: Slow,
     clock: Arc<Standing>,
     page: Arc<FakePage>,
+    peers: Others,
     /// Revision of the leader record.
     revision: i64,
 }
@@ -122,8 +199,12 @@ fn bench() -> Bench {
         clock: clock.clone(),
         takes: Arc::new(Mutex::new(Duration::ZERO)),
         answers: Arc::new(Semaphore::new(1_000_000)),
+        away: Arc::default(),
     };
-    let (keeper, task) = LeaseKeeper::new(Arc::new(dcs.clone()), clock.clone(), timings());
+    let peers = Others { says: Arc::default(), asked: Arc::default(), clock: clock.clone() };
+    let cluster = ClusterName::new("maas").unwrap();
+    let (keeper, renewer, asker) =
+        LeaseKeeper::new(Arc::new(dcs.clone()), Arc::new(peers.clone()), cluster, clock.clone(), timings());
     let page = Arc::new(FakePage {
         clock: clock.clone(),
         stopped: AtomicBool::new(false),
@@ -132,8 +213,9 @@ fn bench() -> Bench {
         holds: Mutex::default(),
     });
     keeper.use_page(Some(page.clone()));
-    tokio::spawn(task.run());
-    Bench { keeper, store, dcs, clock, page, revision }
+    tokio::spawn(renewer.run());
+    tokio::spawn(asker.run());
+    Bench { keeper, store, dcs, clock, page, peers, revision }
 }
 
 impl Bench {
@@ -157,6 +239,37 @@ impl Bench {
 
     fn written(&self) -> Vec<(Term, Moment)> {
         lock(&self.page.written).clone()
+    }
+
+    fn away(&self, away: bool) {
+        self.dcs.away.store(away, Ordering::Relaxed);
+    }
+
+    fn says(&self, member: &str, says: Says) {
+        lock(&self.peers.says).insert(name(member), says);
+    }
+
+    fn asked(&self) -> usize {
+        lock(&self.peers.asked).len()
+    }
+
+    /// The clock goes on together with tokio's, and the loop comes round.
+    async fn live(&self, span: Duration) {
+        let step = Duration::from_millis(50);
+        let mut left = span;
+        while !left.is_zero() {
+            self.clock.pass(step);
+            self.keeper.loop_is_alive(self.clock.now());
+            self.wait(step).await;
+            left = left.saturating_sub(step);
+        }
+    }
+
+    fn deadline(&self) -> Option<Moment> {
+        match self.keeper.view() {
+            LeaseView::Held { deadline, .. } => Some(deadline),
+            _ => None,
+        }
     }
 
     /// Nothing more is sent from now on.
@@ -321,4 +434,160 @@ async fn a_new_term_begins_with_no_deadline() {
     let last = lock(&said).last().cloned();
     assert_eq!(last, Some(LeaseView::Held { term: Term(5), deadline }));
     assert!(lock(&said).iter().all(|view| view.term() == Some(Term(5))));
+}
+
+// === Promises ===
+
+#[tokio::test(start_paused = true)]
+async fn nobody_is_asked_while_renewals_are_in_time() {
+    let bench = bench();
+    bench.held().await;
+    bench.keeper.rests_on(&lead(), None);
+    bench.live(Duration::from_secs(20)).await;
+    assert_eq!(bench.asked(), 0);
+}
+
+/// The store is away for a minute: the deadline moves on with every promise, counted from before its question was sent.
+#[tokio::test(start_paused = true)]
+async fn a_late_renewal_is_made_up_for_by_promises() {
+    let bench = bench();
+    bench.held().await;
+    bench.keeper.rests_on(&lead(), None);
+    bench.says("b", granted());
+    bench.away(true);
+    bench.live(Duration::from_millis(1_500)).await;
+    assert!(bench.asked() > 0, "a quarter of a heartbeat after the renewal was due");
+    for _ in 0..60 {
+        bench.live(Duration::from_secs(1)).await;
+        let (deadline, now) = (bench.deadline().unwrap(), bench.clock.now());
+        let sent =
+            lock(&bench.peers.asked).iter().filter(|(m, ..)| *m == name("b")).map(|(.., at)| at.raw).max().unwrap();
+        assert_eq!(deadline, Moment::at(sent).plus(Duration::from_secs(8)), "counted from the question to b");
+        assert!(now.until(deadline) > Duration::from_millis(5_500), "asked again and again");
+        assert_eq!(bench.written().last(), Some(&(TERM, deadline.minus(Duration::from_secs(1)))));
+        assert_eq!(bench.keeper.promises().until, Some(deadline));
+    }
+    bench.away(false);
+    bench.live(Duration::from_secs(5)).await;
+    let asked = bench.asked();
+    bench.live(Duration::from_secs(10)).await;
+    assert_eq!(bench.asked(), asked, "renewals go on: nobody is asked any more");
+    assert_eq!(bench.keeper.promises().until, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_the_needed_promises_the_deadline_stands() {
+    let bench = bench();
+    let deadline = bench.held().await;
+    let mut two = lead();
+    two.claims[0].k = 2;
+    bench.keeper.rests_on(&two, None);
+    bench.says("b", granted());
+    bench.away(true);
+    bench.live(Duration::from_secs(5)).await;
+    assert!(bench.asked() > 0);
+    assert_eq!(bench.deadline(), Some(deadline));
+    bench.says("c", granted());
+    bench.live(Duration::from_secs(2)).await;
+    assert!(bench.deadline().unwrap().raw > deadline.raw);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_that_needs_nobody_goes_on_by_itself_while_its_loop_lives() {
+    let bench = bench();
+    bench.held().await;
+    let mut alone = lead();
+    alone.claims[0].k = 0;
+    alone.claims[0].members.clear();
+    bench.keeper.rests_on(&alone, None);
+    bench.away(true);
+    bench.live(Duration::from_secs(30)).await;
+    assert!(bench.clock.now().until(bench.deadline().unwrap()) > Duration::from_secs(6));
+    let deadline = bench.deadline();
+    bench.clock.pass(Duration::from_secs(6));
+    bench.wait(Duration::from_secs(10)).await;
+    assert_eq!(bench.deadline(), deadline, "a loop that does not come round is not held for");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_is_asked_for_a_silent_loop_or_without_a_living_guardian() {
+    for guardian in [false, true] {
+        let bench = bench();
+        bench.held().await;
+        bench.keeper.rests_on(&lead(), None);
+        bench.says("b", granted());
+        bench.page.stopped.store(guardian, Ordering::Relaxed);
+        bench.clock.pass(Duration::from_secs(6));
+        if guardian {
+            bench.keeper.loop_is_alive(bench.clock.now());
+        }
+        bench.away(true);
+        bench.wait(Duration::from_secs(5)).await;
+        assert_eq!(bench.asked(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_holder_that_hears_of_a_higher_term_asks_no_more() {
+    let bench = bench();
+    let deadline = bench.held().await;
+    bench.keeper.rests_on(&lead(), None);
+    bench.says("b", granted());
+    bench.says("c", Says::NotPromised { why: Denied::HigherTerm { term: Term(5) } });
+    bench.away(true);
+    bench.live(Duration::from_secs(2)).await;
+    assert_eq!(bench.keeper.promises().higher_term(), Some(Term(5)));
+    let asked = bench.asked();
+    assert!(asked <= 2, "{asked}");
+    bench.live(Duration::from_secs(5)).await;
+    assert_eq!(bench.asked(), asked);
+    assert!(bench.deadline().unwrap().raw <= deadline.plus(Duration::from_secs(2)).raw);
+}
+
+#[tokio::test(start_paused = true)]
+async fn in_a_store_that_others_may_not_have_read_renewals_prove_nothing() {
+    let bench = bench();
+    let deadline = bench.held().await;
+    let mut unconfirmed = lead();
+    unconfirmed.unconfirmed = true;
+    bench.keeper.rests_on(&unconfirmed, None);
+    bench.live(Duration::from_secs(3)).await;
+    assert!(bench.keeper.counts().0 > 2, "it renews");
+    assert_eq!(bench.deadline(), Some(deadline));
+    bench.says("c", granted());
+    bench.live(Duration::from_secs(2)).await;
+    assert!(bench.keeper.promises().confirmed(7) && !bench.keeper.promises().confirmed(8));
+    bench.keeper.rests_on(&lead(), None);
+    lock(&bench.peers.says).clear();
+    bench.live(Duration::from_secs(20)).await;
+    assert!(bench.clock.now().until(bench.deadline().unwrap()) > Duration::from_secs(6), "renewals count again");
+}
+
+/// Another life of the agent: the guardian is armed, the store is away, and there is nothing to renew against.
+#[tokio::test(start_paused = true)]
+async fn a_term_is_taken_up_again_by_promises_alone() {
+    let bench = bench();
+    bench.keeper.hold_by_promises(TERM);
+    bench.keeper.rests_on(&lead(), None);
+    bench.live(Duration::from_secs(2)).await;
+    assert_eq!((bench.keeper.view(), bench.lease()), (LeaseView::Claimed { term: TERM }, None));
+    bench.says("b", granted());
+    bench.live(Duration::from_secs(2)).await;
+    assert!(bench.deadline().is_some());
+    bench.keeper.keep(TERM, bench.revision);
+    bench.live(Duration::from_secs(3)).await;
+    assert!(bench.lease().is_some());
+    assert_eq!(bench.keeper.promises().until, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_record_that_was_written_again_is_held_from_that_writing() {
+    let bench = bench();
+    let before = bench.held().await;
+    bench.away(true);
+    let sent = bench.clock.now().plus(Duration::from_secs(2));
+    bench.keeper.keep_written(Term(5), bench.revision, sent, true);
+    assert_eq!(bench.keeper.view(), LeaseView::Held { term: Term(5), deadline: sent.plus(Duration::from_secs(8)) });
+    bench.keeper.keep(Term(6), bench.revision);
+    assert_eq!(bench.keeper.view(), LeaseView::Claimed { term: Term(6) }, "{before:?} was another's");
 }

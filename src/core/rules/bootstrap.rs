@@ -89,6 +89,7 @@ pub fn create(view: &View) -> Option<Plan> {
         taken: None,
         lsn: None,
         last: None,
+        store_id: facts.records.store_id,
     };
     Some(
         Plan::new("bootstrap.claim", "no cluster is in the store and every configured member is empty: creating it")

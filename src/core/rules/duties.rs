@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use super::Facts;
+use super::{Facts, seconds};
 use crate::core::election::list;
 use crate::core::followers::{flushed, streams};
 use crate::core::names::{MemberId, MemberName};
 use crate::core::plan::{Plan, Step, parse_walreceiver_name};
+use crate::core::promise::Promises;
 use crate::core::records::{Durability, Key, Keyed, LeaderRecord, Membership, SyncClaim, Transaction, Write};
 use crate::core::storage;
 use crate::core::sync_set::{Transition, Wanted, next, rule_of};
@@ -17,6 +18,11 @@ use crate::core::view::{PrimaryFacts, View};
 const CAUGHT_UP_BYTES: u64 = 1 << 20;
 
 pub fn plan(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -> Plan {
+    // A deadline that rests on promises was proved for the claim as it stands: whoever changes it waits for a renewal, which
+    // the candidates of the next claim see too (protocol §7).
+    if let Some(plan) = held_by_promises(facts) {
+        return turned(facts, mine, primary).unwrap_or(plan);
+    }
     let mut plan = doubled(primary)
         .or_else(|| membership(facts, mine))
         .or_else(|| sync(facts, mine, primary))
@@ -26,6 +32,53 @@ pub fn plan(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFact
     // A member that does not acknowledge leaves at its time, not at the next heartbeat.
     plan.wake = plan.wake.or_else(|| stall_ends(facts.view));
     plan
+}
+
+fn held_by_promises(facts: &Facts<'_>) -> Option<Plan> {
+    let promises = &facts.view.promises;
+    promises.until?;
+    let unconfirmed = facts.view.memory.durable.lead.as_ref().is_some_and(|lead| lead.unconfirmed);
+    let why = if unconfirmed { "until enough members have read what was made good" } else { "until renewals go on" };
+    Some(Plan::new(
+        "leader.promised",
+        format!("{}; nothing is changed in the store {why}", words(promises, facts.now())),
+    ))
+}
+
+/// After the records were written again under a new term the standbys come back under new names, and commits wait for them
+/// by these: the same claim, so nothing is published.
+fn turned(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -> Option<Plan> {
+    let term = mine.value.term;
+    let claim = facts.records.sync.value().filter(|claim| claim.term == term && claim.k > 0)?;
+    let to = rule_of(&claim.members, claim.k, term);
+    let followers = claim.members.iter().filter(|id| streams(primary, id, term)).count() as u32;
+    (followers >= claim.k && primary.rule_text != to.to_string()).then(|| {
+        Plan::new(
+            "leader.sync_enforce",
+            format!("{followers} standbys follow under term {term}: putting `{to}` into force"),
+        )
+        .step(Step::Enforce { from: None, to })
+    })
+}
+
+/// How the term is held without renewals, in words.
+pub fn words(promises: &Promises, now: Moment) -> String {
+    let alone = promises.needs.iter().all(|need| need.count == 0);
+    let by = if alone {
+        "of nobody, because nobody else can be elected".to_owned()
+    } else {
+        format!("of {}", list(promises.by()))
+    };
+    match promises.until {
+        Some(until) => {
+            format!("term {} is held by promises {by}, for another {}", promises.term, seconds(now.until(until)))
+        }
+        None => {
+            let missing = promises.missing().into_iter().map(|(name, why)| format!("{name}: {why}"));
+            let missing: Vec<String> = missing.collect();
+            format!("term {} waits for promises: {}", promises.term, missing.join("; "))
+        }
+    }
 }
 
 /// A second row of the same name would vote twice (protocol §4).

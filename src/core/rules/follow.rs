@@ -1,6 +1,6 @@
 //! Another member leads, or was chosen: follow it, after judging our own history against its (protocol §8, rejoin).
 
-use super::{Facts, bootstrap, duties, seconds};
+use super::{Facts, accept, bootstrap, duties, seconds};
 use crate::core::Lsn;
 use crate::core::memory::retry_delay;
 use crate::core::names::MemberName;
@@ -373,6 +373,7 @@ fn asked(facts: &Facts<'_>, record: &LeaderRecord) -> Option<Plan> {
             plan = plan.step(Step::FinishRequest { id: request.id.clone(), outcome: Outcome::Done { message } });
             Some(plan.step(Step::SetAside { why }))
         }
+        Operation::AcceptStore { .. } => Some(accept::not_needed(request)),
         Operation::Reinit { .. } | Operation::Switchover { .. } | Operation::Failover { .. } => None,
     }
 }

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::time::Duration;
 
-use super::{Facts, duties};
+use super::{Facts, accept, duties};
 use crate::core::election::list;
 use crate::core::names::MemberName;
 use crate::core::plan::{HandOver, Plan, Step};
@@ -219,6 +219,7 @@ fn asked(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) 
                 Step::HandOver { order: hand_over(facts, mine, Some(&facts.me().name), "restart", Some(request)) },
             ),
         ),
+        Operation::AcceptStore { .. } => Some(accept::not_needed(request)),
         Operation::Reinit { .. } => {
             let message = format!("{} leads: only a standby can be cloned anew; switch over first", facts.me().name);
             finish(Outcome::Refused { message: message.clone() }, message)

@@ -1,5 +1,6 @@
 //! One situation per file; `decide.rs` holds their order. A rule answers `None` when it has nothing to say.
 
+pub mod accept;
 pub mod bootstrap;
 pub mod cold_start;
 pub mod copying;
@@ -8,6 +9,7 @@ pub mod electing;
 pub mod follow;
 pub mod identity;
 pub mod leader;
+pub mod mend;
 pub mod reattach;
 pub mod sealing;
 pub mod stopping;
@@ -22,9 +24,11 @@ use std::time::Duration;
 use super::lsn::Lsn;
 use super::names::{MemberId, MemberName};
 use super::plan::{Follow, Source, Step, walreceiver_name};
+use super::promise::Bond;
 use super::records::{ClusterRecords, Durability, Keyed, LeaderRecord, Transaction};
 use super::time::Moment;
 use super::timeline::Term;
+use super::trust::{Trust, trust};
 use super::view::{LocalPostgres, View};
 
 /// A member whose record has not changed for this many publication periods counts as not there.
@@ -54,6 +58,17 @@ impl<'a> Facts<'a> {
     /// The leader record when this member, in this incarnation, holds it.
     pub fn mine(&self) -> Option<&'a Keyed<LeaderRecord>> {
         self.leader.filter(|l| l.value.holder == self.view.me.id)
+    }
+
+    /// Is the store the one that we know?
+    pub fn trust(&self) -> Trust {
+        trust(self.records, &self.view.memory, &self.view.lease, &self.view.me.id)
+    }
+
+    /// The word given to the sitting leader, while it binds and the leader has not given it back.
+    pub fn bond(&self) -> Option<&'a Bond> {
+        let bond = self.view.memory.bond.as_ref()?;
+        (bond.binds(self.now()) && !bond.promise.given_back(self.records)).then_some(bond)
     }
 
     /// Address of a member, from its own record.

@@ -1,7 +1,9 @@
 //! Somebody else coordinates an election: give our word that no WAL of a lower term is taken any more.
 
 use super::{Facts, copying, takeover};
+use crate::core::Moment;
 use crate::core::plan::{Plan, Step};
+use crate::core::promise::Bond;
 use crate::core::records::LeaderState;
 use crate::core::view::{DataDirectory, LocalPostgres, View};
 
@@ -42,8 +44,23 @@ pub fn rule(view: &View) -> Option<Plan> {
     Some(seal(&facts, term, leader.revision, &format!("{coordinator} elects for term {term}")))
 }
 
+/// Why a member that promised does nothing, in words.
+pub fn bound(bond: &Bond, now: Moment) -> String {
+    format!(
+        "this member promised {} (term {}) to take no part in a higher term for another {}",
+        bond.promise.to.name,
+        bond.promise.term,
+        super::seconds(now.until(bond.until))
+    )
+}
+
 /// Seals this member, after bringing PostgreSQL to where it can be sealed.
 pub fn seal(facts: &Facts<'_>, term: crate::core::timeline::Term, leader_revision: i64, because: &str) -> Plan {
+    // S1: who promised the sitting leader takes no part in a higher term until its own clocks say so.
+    if let Some(bond) = facts.bond().filter(|bond| bond.promise.term < term) {
+        let why = format!("{because}: {}", bound(bond, facts.now()));
+        return Plan::new("seal.bound", why).wake_at(bond.until);
+    }
     match &facts.view.local.postgres {
         LocalPostgres::Standby(_) => {
             Plan::new("seal", format!("{because}: sealing")).step(Step::Seal { term, leader_revision })

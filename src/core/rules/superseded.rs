@@ -1,8 +1,9 @@
 //! A primary whose term is over is killed at once, whatever else goes on (S1, S4).
 
-use super::Facts;
+use super::{Facts, mend};
 use crate::core::plan::{Plan, Step};
 use crate::core::records::{Entry, LeaderState};
+use crate::core::trust::Trust;
 use crate::core::view::{GuardState, LeaseView, LocalPostgres, View};
 
 pub fn rule(view: &View) -> Option<Plan> {
@@ -21,12 +22,24 @@ pub fn rule(view: &View) -> Option<Plan> {
     {
         return kill(format!("the lease of term {term} ran out: no renewal succeeded in time"));
     }
+    if let Some(higher) = view.promises.higher_term().filter(|_| view.lease.term() == Some(view.promises.term)) {
+        return kill(format!(
+            "term {} is over: asked for its promise, a member answered that it knows term {higher}",
+            view.promises.term
+        ));
+    }
     let facts = Facts::of(view)?;
+    let known = view.memory.durable.highest_term;
+    if let Trust::Lost { why } = facts.trust()
+        && facts.leader.is_none_or(|l| l.value.term <= known || l.value.holder == *facts.me())
+    {
+        return Some(mend::store(&facts, &why));
+    }
     match &facts.records.leader {
-        Entry::Absent | Entry::Unreadable { .. } => mend(&facts),
+        Entry::Absent | Entry::Unreadable { .. } => Some(mend::record(&facts)),
         // A record of a lower term than ours, an own one too, is an old one that came back: mended by the holder, believed
         // by nobody.
-        Entry::Present(record) if view.memory.durable.highest_term > record.value.term => mend(&facts),
+        Entry::Present(record) if known > record.value.term => Some(mend::record(&facts)),
         Entry::Present(record) if record.value.holder != *facts.me() => {
             kill(format!("{} holds term {} now", record.value.holder.name, record.value.term))
         }
@@ -38,51 +51,7 @@ pub fn rule(view: &View) -> Option<Plan> {
             LeaderState::Electing { .. } => {
                 kill(format!("term {} is an election in which this member must be sealed first", record.value.term))
             }
-            LeaderState::Held => None,
+            LeaderState::Held => mend::init(&facts),
         },
-    }
-}
-
-/// The record was deleted, overwritten with garbage or rolled back: the sitting leader writes it again before D
-/// (protocol §7); for everybody else it is the beginning of a silence.
-fn mend(facts: &Facts<'_>) -> Option<Plan> {
-    let view = facts.view;
-    let (term, deadline) = match &view.lease {
-        LeaseView::Held { term, deadline } => (*term, Some(*deadline)),
-        LeaseView::Lost { term, deadline } => (*term, *deadline),
-        LeaseView::None | LeaseView::Claimed { .. } => {
-            return Some(
-                Plan::new("superseded", "the leader record is gone and this member holds no lease")
-                    .step(Step::Kill)
-                    .step(Step::DropLease),
-            );
-        }
-    };
-    let kill_at = deadline.map(|d| d.minus(view.policy.timings.kill_budget));
-    let record = view.memory.held.as_ref().filter(|held| held.term == term);
-    match (kill_at, record) {
-        (Some(kill_at), Some(held)) if !view.now.any_reached(kill_at) => {
-            let mut record = held.clone();
-            record.term = view.memory.durable.highest_term.max(term).next();
-            let revision = facts.records.leader.revision();
-            let transaction = crate::core::records::Transaction::when(crate::core::records::Key::Leader, revision)
-                .put(crate::core::records::Write::Leader(record.clone()));
-            Some(
-                Plan::new(
-                    "leader.mend",
-                    format!(
-                        "the leader record was deleted, overwritten or rolled back while this member leads under term {term}: \
-                         writing it again as term {}",
-                        record.term
-                    ),
-                )
-                .step(facts.commit("write the leader record again", transaction)),
-            )
-        }
-        _ => Some(
-            Plan::new("superseded", "the leader record is gone and the lease is nearly over")
-                .step(Step::Kill)
-                .step(Step::DropLease),
-        ),
     }
 }

@@ -3,9 +3,11 @@
 
 use std::time::Duration;
 
+use super::sealing::bound;
 use super::{Facts, cold_start, scattered, seconds};
 use crate::core::election::list;
 use crate::core::names::{MemberId, MemberName};
+use crate::core::peers::Promise;
 use crate::core::plan::Plan;
 use crate::core::records::{
     Durability, Entry, Key, LeaderRecord, LeaderState, Operation, SyncClaim, Taken, Transaction, Write,
@@ -62,6 +64,11 @@ pub fn rule(view: &View) -> Option<Plan> {
         LocalPostgres::Primary(_) | LocalPostgres::Unknown { .. } => return None,
     }
 
+    // S1: step 1 takes part in a higher term.
+    if let Some(bond) = facts.bond() {
+        let plan = Plan::new("takeover.bound", format!("{since}; {}", bound(bond, view.now)));
+        return Some(plan.steps(facts.start_parked()).wake_at(bond.until));
+    }
     let Entry::Present(claim) = &facts.records.sync else {
         return wait("the key `sync` is absent or unreadable: nobody is elected on a guess (S12)".to_owned());
     };
@@ -196,8 +203,28 @@ fn hold(facts: &Facts<'_>, why: String, at: Moment) -> Option<Plan> {
 fn asked_for(facts: &Facts<'_>) -> Option<MemberName> {
     facts.records.requests.values().filter(|r| r.value.outcome.is_none()).find_map(|r| match &r.value.what {
         Operation::Switchover { to } | Operation::Failover { to } => to.clone(),
-        Operation::Restart { .. } | Operation::Reinit { .. } => None,
+        Operation::Restart { .. } | Operation::Reinit { .. } | Operation::AcceptStore { .. } => None,
     })
+}
+
+/// A holder that is silent cannot be sealed through the store either, unless its agent has written there since.
+fn spoke(facts: &Facts<'_>, member: &MemberName) -> bool {
+    let Some(leader) = facts.leader.filter(|l| l.value.holder.name == *member) else { return true };
+    if !matches!(leader.value.state, LeaderState::Held | LeaderState::Electing { .. }) {
+        return true;
+    }
+    let memory = &facts.view.memory;
+    match (memory.silence, memory.beats.get(member)) {
+        (Some(silence), Some((_, seen))) => *seen != silence.first_seen && seen.all_reached(silence.first_seen),
+        _ => false,
+    }
+}
+
+/// Has the member given its word to the sitting leader, by its record or by its agent's last answer?
+pub fn is_bound(facts: &Facts<'_>, member: &MemberName) -> bool {
+    let published = facts.records.members.get(member).is_some_and(|m| m.value.promise.is_some());
+    let said = facts.view.peers.get(member).and_then(|peer| peer.answer.as_ref());
+    published || said.is_some_and(|heard| matches!(heard.report.promise, Promise::Bound { .. }))
 }
 
 /// Pre-vote (step 0): an election that cannot end well is not begun. The error names whom it waits for.
@@ -233,13 +260,14 @@ fn may_stand(facts: &Facts<'_>, claim: &SyncClaim) -> Result<(), String> {
     let need = claim.seals_needed();
     let is_there = |id: &MemberId| {
         let incarnation = facts.records.members.get(&id.name).map(|m| m.value.incarnation);
-        id == facts.me() || facts.speaks(&id.name) && incarnation == Some(id.incarnation)
+        let there = facts.speaks(&id.name) && incarnation == Some(id.incarnation);
+        id == facts.me() || there && spoke(facts, &id.name) && !is_bound(facts, &id.name)
     };
     let there: Vec<&MemberName> = electorate.iter().filter(|id| is_there(id)).map(|id| &id.name).collect();
     if there.len() < need {
         let missing = electorate.iter().filter(|id| !is_there(id)).map(|id| &id.name);
         return Err(format!(
-            "{need} of {} must be there to know every acknowledged commit, {} are; waiting for {}",
+            "{need} of {} must be there, bound by no promise, to know every acknowledged commit, {} are; waiting for {}",
             list(electorate.iter().map(|id| &id.name)),
             there.len(),
             list(missing)

@@ -6,6 +6,7 @@ use serde_json::json;
 use super::*;
 use crate::core::Lsn;
 use crate::core::names::{Incarnation, MemberId};
+use crate::core::promise::Promise;
 use crate::core::records::*;
 use crate::core::timeline::{History, HistoryEntry};
 
@@ -36,6 +37,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
     let position_wire = json!({"timeline": 2, "replayed": "16/B374D848", "received": "16/B374D900",
         "history": [{"timeline": 1, "switch": "0/3000000"}]});
     let leader = |state| LeaderRecord {
+        store_id: 17_000_000_000_000_000_001,
         holder: id("node-a", 1),
         boot_id: "boot".to_owned(),
         term: Term(5),
@@ -54,7 +56,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
     };
     let leader_wire = |state: Value| {
         json!({"v": 1, "holder": {"name": "node-a", "incarnation": "0000000000000001"}, "boot_id": "boot", "term": 5,
-            "state": state, "ttl_ms": 8000, "takeover_ms": 2000,
+            "state": state, "ttl_ms": 8000, "takeover_ms": 2000, "store_id": "17000000000000000001",
             "taken": {"from": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 4, "doubled": 1},
             "lsn": null, "last": {"member": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 4, "timeline": 2, "parent": 1, "switch": "0/3000000"}})
     };
@@ -86,6 +88,12 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
             total_bytes: Some(u64::MAX),
         }),
         overtaken: Some(Term(3)),
+        promise: Some(Promise {
+            to: MemberId { name: MemberName::new("node-b").unwrap(), incarnation: Incarnation(0xabc) },
+            term: Term(5),
+            length_ms: 8_162,
+        }),
+        highest_term: Term(6),
         rule: "follow".to_owned(),
         reason: "follows node-b under term 5".to_owned(),
         storage: StorageSummary { free_bytes: Some(5), ..Default::default() },
@@ -104,8 +112,11 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         "api_url": "http://10.0.0.1:8008", "endpoint": null, "tags": tags_wire.clone(), "postgres_version": 150018, "agent_version": "0.1.0",
         "pending_restart": false,
         "job": {"what": "clone from node-b", "done_bytes": 1, "total_bytes": "18446744073709551615"},
-        "overtaken": 3, "rule": "follow", "reason": "follows node-b under term 5", "storage": {"trouble": null, "full": null, "free_bytes": 5, "data_bytes": null}, "beat": 77, "witness": true,
-         "kept": [{"timeline": 2, "left_at": "0/3000000", "transactions": 3, "directory": "/d"}]});
+        "overtaken": 3, "highest_term": 6,
+        "promise": {"to": {"name": "node-b", "incarnation": "0000000000000abc"}, "term": 5, "length_ms": 8162},
+        "rule": "follow", "reason": "follows node-b under term 5",
+        "storage": {"trouble": null, "full": null, "free_bytes": 5, "data_bytes": null}, "beat": 77, "witness": true,
+        "kept": [{"timeline": 2, "left_at": "0/3000000", "transactions": 3, "directory": "/d"}]});
     let request = |what, outcome| {
         Write::Request(Request {
             id: "r-1".to_owned(),

@@ -7,6 +7,7 @@ mod commands;
 mod disks;
 mod durability;
 mod lifecycle;
+mod outage;
 mod rejoin;
 mod store;
 mod tags;

@@ -32,6 +32,11 @@ impl Stranger {
         self.client.delete(format!("{}{key}", self.root), None).await.unwrap();
     }
 
+    async fn delete_all(&mut self) {
+        let prefix = etcd_client::DeleteOptions::new().with_prefix();
+        self.client.delete(self.root.clone(), Some(prefix)).await.unwrap();
+    }
+
     /// Only where nobody was faster: an old value must not roll back what its owner has written meanwhile.
     async fn put_back(&mut self, key: &str, garbage: &str, value: Option<&str>) {
         let key = format!("{}{key}", self.root);
@@ -100,6 +105,11 @@ async fn garbage_in_the_store_promotes_nobody() {
             assert_eq!(cluster.healthy(PATIENCE).await.unwrap(), leader, "{key}");
             assert_eq!(cluster.members[leader].postmaster(), postmaster, "{key}");
         }
+    }
+    // All of them at once: what only the sitting leader knows is written again by it.
+    stranger.delete_all().await;
+    for key in ["leader", "sync", "membership", "init"] {
+        until(&format!("the leader writes {key} again"), async || stranger.get(key).await).await;
     }
     stranger.delete("leader").await;
     until("the leader writes its record again", async || stranger.get("leader").await).await;
