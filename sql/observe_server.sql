@@ -12,6 +12,7 @@ select
   current_setting('primary_conninfo') as conninfo,
   current_setting('primary_slot_name') as slot,
   current_setting('synchronous_standby_names') as rule,
+  current_setting('max_slot_wal_keep_size') as slot_bound,
   current_setting('default_transaction_read_only') = 'off' as writable,
   exists (select from pg_stat_activity where backend_type = 'walreceiver') as receiver_runs,
   coalesce(r.status = 'streaming', false) as receiver_streams,

@@ -31,6 +31,7 @@ use crate::fencing::{GuardianFence, GuardianOptions, SystemClock};
 use crate::peers::HttpPeers;
 use crate::ports::{Clock, Dcs, Fence, Postgres};
 use crate::postgres::{LocalServer, roles};
+use crate::storage::ProbeProcesses;
 
 /// How long the API may take to finish its answers at the end.
 const API_DRAIN: Duration = Duration::from_secs(2);
@@ -65,6 +66,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     let options = GuardianOptions::new(&config.guardian, &config.cluster, &config.name, config.policy.timings.ttl);
     let fence = Arc::new(GuardianFence::new(options));
     fence.attach().await.context("attach to the guardian")?;
+    let disks = ProbeProcesses::start(&config).context("start the storage probes")?;
     let keeper =
         LeaseKeeper::start(dcs.clone(), clock.clone(), config.policy.timings).context("start the lease keeper")?;
     let takes_over_early = config.policy.durability != Durability::Async;
@@ -87,6 +89,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         dcs,
         postgres,
         fence: fence.clone(),
+        disks: Arc::new(disks),
         clock: clock.clone(),
         keeper: Arc::new(keeper),
         peers: Arc::new(peers),
@@ -173,8 +176,15 @@ fn start_api(
 ) -> anyhow::Result<std::thread::JoinHandle<()>> {
     let (requests_tx, mut requests) = mpsc::channel::<api::ApiRequest>(16);
     let answers = Arc::new(Answers { cluster: config.cluster.clone(), status: status.clone(), clock: clock.clone() });
-    let (config, cluster) = (config.api.clone(), config.cluster.clone());
-    let api = Api { config, cluster, status, endpoint, requests: requests_tx, answers, clock };
+    let api = Api {
+        config: config.api.clone(),
+        cluster: config.cluster.clone(),
+        status,
+        endpoint,
+        requests: requests_tx,
+        answers,
+        clock,
+    };
     // Between the API's words and the loop's.
     tokio::spawn(async move {
         while let Some(request) = requests.recv().await {

@@ -15,4 +15,5 @@ pub mod guardian;
 pub mod peers;
 pub mod ports;
 pub mod postgres;
+pub mod storage;
 pub mod telemetry;

@@ -13,6 +13,7 @@ use crate::core::names::MemberName;
 use crate::core::peers::{Answer, Question, Tried};
 use crate::core::plan::{Follow, PromoteOrder, SyncRule};
 use crate::core::records::{ClusterRecords, KeptWal, Position, Transaction};
+use crate::core::storage::Storage;
 use crate::core::timeline::{History, Term, TimelineId};
 use crate::core::view::{DataDirectory, Guard, LocalPostgres};
 use crate::core::{Lsn, Moment};
@@ -112,8 +113,8 @@ pub trait Postgres: Send + Sync {
     /// What PostgreSQL is and says right now. Not knowing is an answer (S12), so this cannot fail.
     async fn observe(&self, guard: &Guard, within: Duration) -> LocalPostgres;
 
-    /// What is in the data directory. Reads small files only.
-    async fn data_directory(&self) -> DataDirectory;
+    /// What is in the data directory. Reads small files only; a disk that does not give them in time makes it unknown.
+    async fn data_directory(&self, within: Duration) -> DataDirectory;
 
     /// What earlier rewinds kept of WAL that only this member had.
     async fn kept(&self) -> Vec<KeptWal> {
@@ -235,6 +236,13 @@ pub trait Fence: Send + Sync {
     fn changes(&self) -> watch::Receiver<u64>;
     /// Ends the guardian; refused while PostgreSQL runs.
     async fn dismiss(&self) -> Result<(), FenceError>;
+}
+
+// === Disks ===
+
+/// How far the storage probes came. Never touches a disk and never waits.
+pub trait Disks: Send + Sync {
+    fn look(&self) -> Storage;
 }
 
 // === The other agents ===

@@ -13,11 +13,13 @@ use crate::core::plan::{Follow, Step};
 use crate::core::records::{ClusterRecords, Key, LeaderState, MemberRecord, Outcome, Transaction, Write};
 use crate::core::timeline::Term;
 use crate::core::view::LeaseView;
-use crate::ports::{Clock, Dcs, DcsError, Fence, FenceError, Postgres, PostgresError, StartMode};
+use crate::ports::{Clock, Dcs, DcsError, Disks, Fence, FenceError, Postgres, PostgresError, StartMode};
 
 /// Deadlines of short steps. Each is far below the time after which the keeper takes the loop for dead.
 pub const STORE_DEADLINE: Duration = Duration::from_millis(1500);
 pub const SQL_DEADLINE: Duration = Duration::from_millis(1500);
+/// Reading a few small files, which are nearly always in memory.
+pub const FILE_DEADLINE: Duration = Duration::from_millis(1000);
 pub const KILL_DEADLINE: Duration = Duration::from_millis(1000);
 /// Finished requests that are kept for people to read.
 const REQUESTS_KEPT: usize = 20;
@@ -28,6 +30,7 @@ pub struct World {
     pub dcs: Arc<dyn Dcs>,
     pub postgres: Arc<dyn Postgres>,
     pub fence: Arc<dyn Fence>,
+    pub disks: Arc<dyn Disks>,
     pub clock: Arc<dyn Clock>,
     pub keeper: Arc<LeaseKeeper>,
     pub peers: Arc<PeerWatch>,

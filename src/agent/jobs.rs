@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use super::execute::{Effect, KILL_DEADLINE, StepError, World};
+use super::execute::{Effect, FILE_DEADLINE, KILL_DEADLINE, StepError, World};
 use crate::core::plan::{HandOver, PromoteOrder, Source, Step, SyncRule};
 use crate::core::records::{ClusterRecords, Key, SealRecord, Tags, Transaction, Write};
 use crate::core::timeline::{History, Term, TimelineId};
@@ -193,7 +193,7 @@ async fn run(
 async fn rewind(world: &World, from: &Source, history: &History, timeline: TimelineId) -> Result<String, StepError> {
     world.state().must_follow(true)?;
     let rewound = world.postgres.rewind(&source(from), history, timeline).await;
-    if rewound.is_err() && matches!(world.postgres.data_directory().await, DataDirectory::Present { .. }) {
+    if rewound.is_err() && matches!(world.postgres.data_directory(FILE_DEADLINE).await, DataDirectory::Present { .. }) {
         world.state().must_follow(false)?;
     }
     Ok(rewound?)

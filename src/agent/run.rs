@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
 use tracing::{debug, error, info, warn};
 
-use super::execute::{Effect, SQL_DEADLINE, STORE_DEADLINE, StepError, World};
+use super::execute::{Effect, FILE_DEADLINE, SQL_DEADLINE, STORE_DEADLINE, StepError, World};
 use super::jobs::{Context, RunningJob};
 use super::peer_watch::Introduction;
 use super::status::{Counters, Decision, Status};
@@ -165,7 +165,7 @@ impl Agent {
         let (store, postgres, data, kept) = tokio::join!(
             self.world.dcs.read(STORE_DEADLINE),
             self.world.postgres.observe(&guard, SQL_DEADLINE),
-            self.world.postgres.data_directory(),
+            self.world.postgres.data_directory(FILE_DEADLINE),
             self.world.postgres.kept(),
         );
         let now = self.world.clock.now();
@@ -186,7 +186,8 @@ impl Agent {
         }
         self.world.keeper.flushed(postgres.primary().map(|p| p.flushed));
         let postgres_is_standby = postgres.standby().is_some();
-        let local = Local { observed_at: now, data, postgres, guard, kept };
+        let storage = self.world.disks.look();
+        let local = Local { observed_at: now, data, postgres, guard, storage, kept };
         // Not while a job may be about to stop it: a rewind has set the mark and not begun yet.
         if postgres_is_standby
             && self.job.is_none()

@@ -21,6 +21,7 @@ use super::{App, node};
 use crate::agent::status::{Counters, Status};
 use crate::core::endpoint::Report;
 use crate::core::health::{Check, Query, judge, leader_position};
+use crate::core::storage::{Disk, Place, Probe};
 use crate::core::view::{GuardState, LeaseView, LocalPostgres, Receiver, View};
 use crate::core::{Lsn, Moment};
 
@@ -157,6 +158,14 @@ const METRICS: &[Metric] = &[
     gauge("guardian_present", "1: the guardian answers", |s| number(s.view().map(|v| flag(!matches!(v.local.guard.state, GuardState::Absent { .. }))))),
     gauge("guardian_armed", "1: the guardian would kill PostgreSQL at the lease's deadline", |s| number(s.view().map(|v| flag(matches!(v.local.guard.state, GuardState::Running { armed: Some(_), .. }))))),
     gauge("guardian_real_time", "1: the guardian runs with real-time priority", |s| number(s.view().map(|v| flag(v.local.guard.real_time)))),
+
+    // --- disks ---
+    gauge("storage_free_bytes", "Free bytes on the file system of this place (data, wal, state)", |s| per_place(s, |disk, _| disk.space.map(|space| space.free_bytes as f64))),
+    gauge("storage_total_bytes", "Size of the file system of this place", |s| per_place(s, |disk, _| disk.space.map(|space| space.total_bytes as f64))),
+    gauge("storage_probe_seconds", "How long the last probe's write and fsync took, or has not returned yet", |s| per_place(s, probe_seconds)),
+    gauge("storage_stalled", "1: a write has not returned, or fails, for storage.stall_after", |s| number(s.view().map(|v| flag(crate::core::storage::trouble(v).is_some())))),
+    gauge("data_bytes", "Size of the data directory without its WAL", |s| number(s.view().and_then(|v| v.local.storage.data_bytes).map(|b| b as f64))),
+    gauge("set_aside_bytes", "Size of the data directories that were set aside", |s| number(s.view().and_then(|v| v.local.storage.aside_bytes).map(|b| b as f64))),
 
     // --- durability ---
     gauge("sync_wanted", "Acknowledgements from standbys that the settings want", |s| number(s.view().map(|v| f64::from(wanted_k(v))))),
@@ -337,6 +346,27 @@ fn lease_remaining(scrape: &Scrape) -> Option<f64> {
     match &scrape.view()?.lease {
         LeaseView::Held { deadline, .. } => Some(scrape.now.until(*deadline).as_secs_f64()),
         LeaseView::None | LeaseView::Claimed { .. } | LeaseView::Lost { .. } => None,
+    }
+}
+
+fn per_place(scrape: &Scrape, read: impl Fn(&Disk, Moment) -> Option<f64>) -> Vec<Sample> {
+    let places = scrape.view().into_iter().flat_map(|view| &view.local.storage.places);
+    let sample = |(place, disk): (&Place, &Disk)| {
+        let word = match place {
+            Place::Data => "data",
+            Place::Wal => "wal",
+            Place::State => "state",
+        };
+        Some(Sample { labels: vec![("place", word.to_owned())], value: read(disk, scrape.now)? })
+    };
+    places.filter_map(sample).collect()
+}
+
+fn probe_seconds(disk: &Disk, now: Moment) -> Option<f64> {
+    match &disk.probe {
+        Probe::Works { latency_ms, .. } => Some(*latency_ms as f64 / 1000.0),
+        Probe::Waiting { since } | Probe::Failed { since, .. } => Some(now.since(*since).as_secs_f64()),
+        Probe::Unknown { .. } => None,
     }
 }
 

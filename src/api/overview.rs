@@ -19,6 +19,7 @@ use crate::core::names::MemberName;
 use crate::core::outlook::outlook;
 use crate::core::plan::parse_walreceiver_name;
 use crate::core::records::{ClusterRecords, Durability, LeaderState, SyncClaim};
+use crate::core::storage::{Disk, Place, Probe, full, no_memory, trouble};
 use crate::core::view::{GuardState, Job, LeaseView, LocalPostgres, Receiver, Store, View};
 use crate::core::{Lsn, Moment, Term, TimelineId};
 
@@ -106,6 +107,21 @@ struct LocalNow {
     guardian: String,
     job: Option<JobNow>,
     stopping: bool,
+    storage: BTreeMap<Place, DiskNow>,
+}
+
+/// A file system that this member writes to.
+#[derive(Debug, Serialize)]
+struct DiskNow {
+    path: String,
+    /// `works`, `waiting` (a write has not returned), `failed`, `unknown`.
+    probe: &'static str,
+    why: Option<String>,
+    latency_ms: Option<u64>,
+    /// Since when a write has not returned, or every write failed.
+    for_ms: Option<u64>,
+    free_bytes: Option<u64>,
+    total_bytes: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -317,6 +333,25 @@ fn local(view: &View, now: Moment) -> LocalNow {
         guardian: guardian(view),
         job: view.job.as_ref().map(|job| job_now(job, now)),
         stopping: view.stopping,
+        storage: view.local.storage.places.iter().map(|(place, disk)| (*place, disk_now(disk, now))).collect(),
+    }
+}
+
+fn disk_now(disk: &Disk, now: Moment) -> DiskNow {
+    let (probe, why, latency_ms, since) = match &disk.probe {
+        Probe::Unknown { why } => ("unknown", Some(why.clone()), None, None),
+        Probe::Works { latency_ms, .. } => ("works", None, Some(*latency_ms), None),
+        Probe::Waiting { since } => ("waiting", None, None, Some(*since)),
+        Probe::Failed { since, why, .. } => ("failed", Some(why.clone()), None, Some(*since)),
+    };
+    DiskNow {
+        path: disk.path.clone(),
+        probe,
+        why,
+        latency_ms,
+        for_ms: since.map(|since| millis(now.since(since))),
+        free_bytes: disk.space.map(|space| space.free_bytes),
+        total_bytes: disk.space.map(|space| space.total_bytes),
     }
 }
 
@@ -399,8 +434,19 @@ fn warnings(
             ));
         }
     }
+    warnings.extend(disk_warnings(view));
     warnings.extend(local_warnings(view));
     warnings
+}
+
+/// Of all members: whoever has trouble with its disk may not be able to say so itself for long.
+fn disk_warnings(view: &View) -> Vec<String> {
+    let own = trouble(view).or_else(|| no_memory(view)).map(|trouble| trouble.to_string()).or_else(|| full(view));
+    let own = own.map(|why| format!("{}: {why}", view.me.id.name));
+    let others = view.store.records().into_iter().flat_map(|records| &records.members);
+    let others = others.filter(|(name, _)| **name != view.me.id.name);
+    let said = others.filter_map(|(name, m)| m.value.storage.hindrance().map(|why| format!("{name}: {why}")));
+    own.into_iter().chain(said).collect()
 }
 
 fn local_warnings(view: &View) -> Vec<String> {

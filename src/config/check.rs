@@ -15,8 +15,11 @@ use super::{
 use crate::core::lease::{InvalidTimings, Takeover, Timings};
 use crate::core::names::{ClusterName, MemberName};
 use crate::core::records::{Durability, Tags};
+use crate::core::storage::StoragePolicy;
 use crate::core::view::Policy;
 
+/// PostgreSQL's bound on the WAL that slots keep; pgvigil's unless the operator sets one.
+const SLOT_BOUND: &str = "max_slot_wal_keep_size";
 /// Longest path of a unix socket that the kernel takes (sun_path without its final zero).
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -43,6 +46,7 @@ pub(super) fn config(path: &Path, text: &str, environment: Environment<'_>) -> R
         &file.election,
         &file.crash,
         &file.rejoin,
+        &file.storage,
         &file.cold_start,
         &file.member,
         &file.postgresql,
@@ -494,6 +498,7 @@ impl Check<'_> {
         election: &raw::Election,
         crash: &raw::Crash,
         rejoin: &raw::Rejoin,
+        storage: &raw::Storage,
         cold_start: &raw::ColdStart,
         member: &raw::MemberSection,
         postgresql: &raw::Postgresql,
@@ -540,6 +545,18 @@ impl Check<'_> {
             reclone: rejoin.reclone.unwrap_or(true),
             cold_start_wait: self.span("cold_start.wait", cold_start.wait, seconds(60), seconds(0), seconds(86_400))?,
             rejoin_timeout: self.span("rejoin.timeout", rejoin.timeout, seconds(60), seconds(5), seconds(86_400))?,
+            storage: StoragePolicy {
+                stall_after: self.span(
+                    "storage.stall_after",
+                    storage.stall_after,
+                    seconds(4),
+                    millis(500),
+                    seconds(300),
+                )?,
+                min_free: storage.min_free.map_or(64 << 20, |v| v.0),
+                set_aside_budget: rejoin.set_aside_budget.map_or(20 << 30, |v| v.0),
+                bound_slots: !postgresql.parameters.keys().any(|name| name.eq_ignore_ascii_case(SLOT_BOUND)),
+            },
             takeover,
         };
         if policy.election_wait >= policy.election_give_up {

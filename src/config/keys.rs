@@ -58,6 +58,8 @@ pub const KEYS: &[Key] = &[
     key("rejoin.reclone", Value("true")),
     key("rejoin.timeout", Value(r#""60s""#)),
     key("rejoin.set_aside_budget", Value(r#""20GB""#)),
+    key("storage.stall_after", Value(r#""4s""#)),
+    key("storage.min_free", Value(r#""64MB""#)),
     key("cold_start.wait", Value(r#""60s""#)),
     key("member.publish", Value(r#""3s""#)),
     key("postgresql.data_dir", Required),

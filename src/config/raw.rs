@@ -23,6 +23,7 @@ pub(super) struct File {
     pub election: Election,
     pub crash: Crash,
     pub rejoin: Rejoin,
+    pub storage: Storage,
     pub cold_start: ColdStart,
     pub member: MemberSection,
     pub postgresql: Postgresql,
@@ -101,6 +102,13 @@ pub(super) struct Rejoin {
     pub reclone: Option<bool>,
     pub timeout: Option<Span>,
     pub set_aside_budget: Option<Size>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Storage {
+    pub stall_after: Option<Span>,
+    pub min_free: Option<Size>,
 }
 
 #[derive(Debug, Default, Deserialize)]

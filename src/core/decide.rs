@@ -2,8 +2,8 @@
 
 use super::plan::{Plan, Step};
 use super::rules::{
-    Facts, bootstrap, electing, follow, identity, leader, reattach, sealing, stopping, superseded, takeover, unknown,
-    waiting,
+    Facts, bootstrap, electing, follow, identity, leader, reattach, sealing, stopping, storage, superseded, takeover,
+    unknown, waiting,
 };
 use super::view::View;
 use super::{lint, publish, silence};
@@ -19,6 +19,8 @@ pub const RULES: &[(&str, Rule)] = &[
     ("identity", identity::belongs),
     // S1, S4: a primary whose term is over dies, even in the middle of a job.
     ("superseded", superseded::rule),
+    // L4: whoever cannot write hands over before anything waits for its disk, a job too.
+    ("storage", storage::rule),
     // One long thing at a time; it sees no change of mind but the one above.
     ("job", waiting::job),
     // No guard, no start, no lease.
@@ -51,6 +53,7 @@ pub fn decide(view: &View) -> Plan {
     let decided = RULES.iter().find_map(|(_, rule)| rule(view));
     let mut plan: Plan =
         decided.unwrap_or_else(|| Plan::new("idle", "nothing is to be done: no rule of the list has anything to say"));
+    storage::remark(view, &mut plan);
     if let Some(at) = silence::look_again(view)
         && plan.wake.is_none_or(|wake| view.now.until(at) < view.now.until(wake))
     {

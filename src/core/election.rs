@@ -280,6 +280,10 @@ fn choose(
         return Verdict::Impossible { why: format!("no sealed position can be compared: {}", why.join("; ")) };
     };
 
+    let disks = |id: &MemberId| {
+        let record = records.members.get(&id.name).filter(|m| m.value.incarnation == id.incarnation);
+        record.map(|m| &m.value.storage)
+    };
     let mut eligible: Vec<(&MemberId, &SealRecord)> = Vec::new();
     for (id, (place, seal)) in &places {
         match place {
@@ -298,11 +302,17 @@ fn choose(
             Place::OnLine(_) if !seal.tags.may_lead() => {
                 rejected.insert(id.name.clone(), NOT_TO_LEAD.to_owned());
             }
+            Place::OnLine(_) if disks(id).is_some_and(|disks| disks.trouble.is_some()) => {
+                let why = disks(id).and_then(|disks| disks.trouble.clone()).unwrap_or_default();
+                rejected.insert(id.name.clone(), why);
+            }
             Place::OnLine(_) => eligible.push((*id, seal)),
         }
     }
     eligible.sort_by_key(|(id, seal)| {
-        (Reverse(Some(&id.name) == preferred), Reverse(seal.tags.failover_priority), id.name.clone())
+        // Among equals whoever has room goes first, whatever its priority: a full disk ends the next term as it ended this.
+        let full = disks(id).is_some_and(|disks| disks.full.is_some());
+        (full, Reverse(Some(&id.name) == preferred), Reverse(seal.tags.failover_priority), id.name.clone())
     });
     let full = places.iter().find(|(_, (place, _))| *place == Place::OnLine(best)).map(|(id, (_, seal))| (*id, *seal));
     let mut counted: BTreeMap<&MemberName, i64> =
@@ -331,7 +341,9 @@ fn choose(
         };
     };
     for (id, other) in &eligible[1..] {
-        let why = if Some(&winner.name) == preferred {
+        let why = if let Some(full) = disks(id).and_then(|disks| disks.full.as_ref()) {
+            format!("as advanced, but {full}")
+        } else if Some(&winner.name) == preferred {
             format!("as advanced, but {} was asked for", winner.name)
         } else if other.tags.failover_priority < seal.tags.failover_priority {
             format!(

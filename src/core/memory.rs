@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::election::{Verdict, judge};
 use super::names::MemberName;
 use super::peers::Peer;
-use super::plan::{SyncRule, parse_walreceiver_name};
+use super::plan::SyncRule;
 use super::records::{ClusterRecords, LeaderState, Operation, Outcome};
 use super::time::Moment;
 use super::timeline::Term;
@@ -37,11 +37,12 @@ impl Memory {
         now: Moment,
     ) -> Memory {
         self.observe_exit(&local.guard.state, policy, now);
+        self.observe_storage(&local.storage, policy.storage.stall_after, now);
         self.witness &= local.postgres != LocalPostgres::Down;
         if let Store::Known { observed_at, records } = store {
             self.observe_records(records, me, policy, &local.postgres, *observed_at);
             self.observe_holder(records, me, &local.postgres, peers, now);
-            self.observe_replicas(records, &local.postgres, now);
+            self.observe_replicas(records, &local.postgres, policy, now);
             self.observe_promotion(records, me, &local.postgres, now);
         }
         let streaming = local.postgres.standby().is_some_and(|s| s.receiver == Receiver::Streaming);
@@ -52,7 +53,9 @@ impl Memory {
         };
         if streaming {
             self.rejoin_failures = 0;
+            self.copies = 0;
         }
+        self.round = Some(now);
         self
     }
 
@@ -182,39 +185,14 @@ impl Memory {
         self.sync_settled = false;
         self.stalled.clear();
         self.streamed.clear();
+        self.progress.clear();
+        self.left.clear();
+        self.end = None;
         self.election = None;
         self.promoted = None;
         self.promotion_failed = None;
         self.phases.clear();
         self.phase_zero = None;
-    }
-
-    fn observe_replicas(&mut self, records: &ClusterRecords, postgres: &LocalPostgres, now: Moment) {
-        let (Some(primary), Some(claim)) = (postgres.primary(), records.sync.value()) else {
-            self.stalled = BTreeMap::new();
-            return;
-        };
-        // Kept with the moment, not replaced: our own session can outlive the walsenders by an instant when the
-        // postmaster dies, and then sees nobody.
-        for replica in primary.replicas.iter().filter(|replica| replica.state == "streaming") {
-            if let Some((id, term)) = parse_walreceiver_name(&replica.application_name)
-                && term == self.term
-            {
-                self.streamed.insert(id.name, (replica.flushed.unwrap_or_default(), now));
-            }
-        }
-        for id in &claim.members {
-            let streams = primary.replicas.iter().any(|replica| {
-                replica.state == "streaming"
-                    && parse_walreceiver_name(&replica.application_name) == Some((id.clone(), self.term))
-            });
-            if streams {
-                self.stalled.remove(&id.name);
-            } else {
-                self.stalled.entry(id.name.clone()).or_insert(now);
-            }
-        }
-        self.stalled.retain(|name, _| claim.members.iter().any(|id| id.name == *name));
     }
 
     /// A promotion that an earlier life of this agent carried out: patience with followers begins when it is first seen.
@@ -261,7 +239,12 @@ impl Memory {
                 self.phase("promoted", now);
             }
             JobKind::Seal { .. } if succeeded => self.phase("sealed", now),
-            JobKind::Clone { .. } | JobKind::Rewind { .. } if succeeded => self.retry_after = None,
+            JobKind::Clone { .. } | JobKind::Rewind { .. } if succeeded => {
+                self.retry_after = None;
+                // Crashes of what was there before say nothing about these data.
+                self.crashes.clear();
+                self.copies += u32::from(matches!(what, JobKind::Clone { .. }));
+            }
             JobKind::Clone { .. } | JobKind::Rewind { .. } | JobKind::Bootstrap => {
                 if !succeeded {
                     self.rejoin_failures += 1;

@@ -8,6 +8,7 @@
 pub mod decide;
 pub mod election;
 pub mod endpoint;
+pub mod followers;
 pub mod health;
 pub mod lease;
 pub mod lint;
@@ -22,6 +23,7 @@ pub mod records;
 pub mod route;
 pub mod rules;
 pub mod silence;
+pub mod storage;
 pub mod sync_set;
 #[doc(hidden)]
 pub mod testing;

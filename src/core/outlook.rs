@@ -298,7 +298,7 @@ fn forced(facts: &Facts<'_>, mut records: ClusterRecords) -> Option<Forced> {
         timeout_ms: 0,
         began: None,
         outcome: None,
-        force: Some(Force { last_term: last.term, off: BTreeSet::new() }),
+        force: Some(Force { last_term: last.term, off: leader.taken.iter().map(|t| t.from.name.clone()).collect() }),
     };
     records.requests.insert(request.id.clone(), Keyed { revision: 0, value: request });
     let Verdict::Elected(elected) = judge(&records, &leader, facts.view.policy.max_lag, None) else { return None };

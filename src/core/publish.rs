@@ -1,8 +1,11 @@
 //! What a member says of itself in the store, and when.
 
 use super::plan::{Plan, Step};
-use super::records::{DataSummary, JobProgress, Key, LeaderState, MemberRecord, Role, Transaction, Write};
+use super::records::{
+    DataSummary, JobProgress, Key, LeaderState, MemberRecord, Role, StorageSummary, Transaction, Write,
+};
 use super::rules::Facts;
+use super::storage::{Place, full, no_memory, trouble};
 use super::time::Moment;
 use super::view::{DataDirectory, GuardState, JobKind, LocalPostgres, Receiver, View};
 
@@ -59,6 +62,7 @@ fn changed(before: &MemberRecord, now: &MemberRecord) -> bool {
                 r.overtaken.max(before.overtaken),
                 r.kept.clone(),
             ),
+            (r.storage.trouble.is_some(), r.storage.full.is_some()),
         )
     };
     relevant(before) != relevant(now)
@@ -105,9 +109,20 @@ pub fn record(view: &View, plan: &Plan) -> MemberRecord {
         overtaken: view.memory.overtaken,
         rule: plan.rule.clone(),
         reason: plan.reason.clone(),
+        storage: storage(view),
         beat: 0,
         witness: view.memory.witness,
         kept: view.local.kept.clone(),
+    }
+}
+
+fn storage(view: &View) -> StorageSummary {
+    let free = view.local.storage.places.get(&Place::Data).and_then(|disk| disk.space);
+    StorageSummary {
+        trouble: trouble(view).or_else(|| no_memory(view)).map(|trouble| trouble.to_string()),
+        full: full(view),
+        free_bytes: free.map(|space| space.free_bytes),
+        data_bytes: view.local.storage.data_bytes,
     }
 }
 

@@ -254,6 +254,8 @@ pub struct MemberRecord {
     /// The last plan's rule and reason, so that any member can tell what every other waits for (L6).
     pub rule: String,
     pub reason: String,
+    #[serde(default)]
+    pub storage: StorageSummary,
     /// Counts up with every publication: a reader's own clock tells how old it is.
     pub beat: u64,
     /// PostgreSQL here has run since before a leader's sign of life was last seen: not a cold start.
@@ -272,6 +274,27 @@ pub struct KeptWal {
     pub left_at: Lsn,
     pub transactions: u64,
     pub directory: String,
+}
+
+/// What the others have to know of a member's disks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StorageSummary {
+    /// It cannot write: it must not lead.
+    pub trouble: Option<String>,
+    /// It has less room than `storage.min_free`: others go first.
+    pub full: Option<String>,
+    /// Free under the data directory.
+    pub free_bytes: Option<u64>,
+    /// What a copy of its data directory takes.
+    pub data_bytes: Option<u64>,
+}
+
+impl StorageSummary {
+    /// Why somebody else should lead rather than this member.
+    pub fn hindrance(&self) -> Option<&String> {
+        self.trouble.as_ref().or(self.full.as_ref())
+    }
 }
 
 /// `history/<term>`: who became leader, when, why, how long each phase took.
@@ -430,7 +453,8 @@ impl ClusterRecords {
         self.leader.value()
     }
 
-    /// What a person forces while nobody leads.
+    /// What a person forces while nobody leads. Where the change began on suspicion the old leader's lease may not be over:
+    /// then only with his word that its host is off.
     pub fn forced(&self) -> Option<&Force> {
         let leader = self.leader()?;
         let last = leader.last.as_ref().map(|last| last.term).unwrap_or_default();
@@ -439,6 +463,7 @@ impl ClusterRecords {
             .filter(|r| r.value.outcome.is_none() && matches!(r.value.what, Operation::Failover { .. }))
             .filter_map(|r| r.value.force.as_ref())
             .find(|force| force.last_term == last)
+            .filter(|force| leader.taken.as_ref().is_none_or(|taken| force.off.contains(&taken.from.name)))
     }
 
     /// The highest timeline number that anybody reserved or published.

@@ -15,8 +15,8 @@ use super::view::{HolderMemory, LocalPostgres, Receiver, View};
 const FRESH: Duration = Duration::from_millis(500);
 /// A wrong suspicion makes the members more patient for so long; then its cause is gone, or the next one shows it.
 const DAMPED_FOR: Duration = Duration::from_secs(600);
-/// While the holder's agent refuses connections, for its first seconds: what decides comes within `takeover.after_refused`.
-const QUICK: Duration = Duration::from_millis(20);
+/// Around the moment in which a silence is long enough, and while the holder's agent has only just begun to refuse.
+const QUICK: Duration = Duration::from_millis(10);
 const QUICK_FOR: Duration = Duration::from_secs(3);
 const WATCHFUL: Duration = Duration::from_millis(100);
 
@@ -278,7 +278,13 @@ pub fn pace(view: &View) -> Duration {
         // The lease is over: what is waited for now does not come within milliseconds.
         return calm;
     }
-    if refuses.is_some_and(|since| view.now.since(since) < QUICK_FOR) {
+    // Just before and after the moment that decides, everybody wants everybody's word at once.
+    let patience = Facts::of(view).and_then(|facts| Some(Patience::of(&facts, facts.records.leader()?)));
+    let near = patience.is_some_and(|patience| match seen.quiet(&patience) {
+        Ok(_) => Duration::from_millis(seen.silent_ms().unwrap_or(u64::MAX)) < patience.after + QUICK_FOR,
+        Err(left) => left.is_some_and(|left| left < WATCHFUL),
+    });
+    if near || refuses.is_some_and(|since| view.now.since(since) < patience.map_or(QUICK_FOR, |p| p.after_refused)) {
         return calm.min(QUICK);
     }
     let silent = seen.silent_ms().is_some_and(|ms| Duration::from_millis(ms) >= calm * 3 / 2);

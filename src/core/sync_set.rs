@@ -69,22 +69,40 @@ pub fn next(claim: &SyncClaim, rule: &SyncRule, wanted: &Wanted, primary: &Membe
         (false, _) if at_least_as_strict(rule, &wanted.members, wanted.k) => publish(&wanted.members, wanted.k),
         // S9: the wanted rule satisfies the present claim too (strengthening).
         (false, _) if at_least_as_strict(&target_rule, &claim.members, claim.k) => Transition::Enforce(target_rule),
-        // Neither: a claim between that PostgreSQL satisfies already and that the wanted rule can be reached from.
+        // Neither: by way of those that both name, so that nobody who is on his way out or in is needed for an election
+        // meanwhile (a claim over both would need nearly all of them, the dead ones too).
         (false, _) => {
-            let union: BTreeSet<MemberId> = claim.members.union(&wanted.members).cloned().collect();
-            let mut k = claim.k.min(wanted.k);
-            while k > 0 && !at_least_as_strict(rule, &union, k) {
-                k -= 1;
+            let both: BTreeSet<MemberId> = claim.members.intersection(&wanted.members).cloned().collect();
+            let k = claim.k.min(wanted.k).min(both.len() as u32);
+            let between = Wanted { mode: wanted.mode, members: both, k };
+            let reached = claim.members == between.members && claim.k == k;
+            if k > 0 && !reached {
+                return if claim.k > k && !at_least_as_strict(rule, &between.members, k) {
+                    publish(&claim.members, k)
+                } else {
+                    next(claim, rule, &between, primary, term)
+                };
             }
-            if claim.members == union && claim.k == k && claim.term == term && claim.primary == *primary {
-                // The claim between stands: bring PostgreSQL to it, from where the wanted rule can be reached.
-                let between = rule_of(&union, k, term);
-                if *rule == between { Transition::Enforce(target_rule) } else { Transition::Enforce(between) }
-            } else {
-                publish(&union, k)
-            }
+            by_way_of_all(claim, rule, wanted, primary, term)
         }
     }
+}
+
+/// Where the two have nobody in common, or only k stands in the way: a claim over both that PostgreSQL satisfies already and
+/// that the wanted rule can be reached from.
+fn by_way_of_all(claim: &SyncClaim, rule: &SyncRule, wanted: &Wanted, primary: &MemberId, term: Term) -> Transition {
+    let union: BTreeSet<MemberId> = claim.members.union(&wanted.members).cloned().collect();
+    let mut k = claim.k.min(wanted.k);
+    while k > 0 && !at_least_as_strict(rule, &union, k) {
+        k -= 1;
+    }
+    if claim.members == union && claim.k == k && claim.term == term && claim.primary == *primary {
+        // The claim between stands: bring PostgreSQL to it, from where the wanted rule can be reached.
+        let between = rule_of(&union, k, term);
+        let to = if *rule == between { rule_of(&wanted.members, wanted.k, term) } else { between };
+        return Transition::Enforce(to);
+    }
+    Transition::Publish(SyncClaim { mode: wanted.mode, primary: primary.clone(), members: union, k, term })
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use super::lsn::Lsn;
 use super::names::{Incarnation, MemberId, MemberName};
 use super::plan::{Follow, Plan, Source, SyncRule, walreceiver_name};
 use super::records::*;
+use super::storage::{Storage, StoragePolicy};
 use super::time::Moment;
 use super::timeline::{History, Term, TimelineId};
 use super::view::*;
@@ -55,6 +56,7 @@ pub fn policy() -> Policy {
         member_publish: secs(3),
         rejoin_timeout: Duration::from_secs(60),
         reclone: true,
+        storage: StoragePolicy::default(),
         takeover: Takeover::default(),
         cold_start_wait: secs(60),
     }
@@ -176,6 +178,7 @@ impl Cluster {
             overtaken: None,
             rule: "follower".to_owned(),
             reason: "follows the leader".to_owned(),
+            storage: StorageSummary::default(),
             beat: 7,
             witness: true,
             kept: Vec::new(),
@@ -224,6 +227,7 @@ impl Cluster {
                 },
                 postgres,
                 guard: Guard { state, real_time: true, control_group: true, death_covered: true },
+                storage: Storage::default(),
                 kept: Vec::new(),
             },
             store: Store::Known { observed_at: self.now, records: Box::new(self.records.clone()) },
@@ -278,6 +282,7 @@ impl Cluster {
             rule_text: self.enforced.as_ref().map(ToString::to_string).unwrap_or_default(),
             replicas: replicas.collect(),
             slots: BTreeMap::new(),
+            slot_bound: None,
             pending_restart: false,
             exceptions: Vec::new(),
         }

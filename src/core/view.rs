@@ -14,6 +14,7 @@ use super::peers::Peer;
 use super::plan::{Follow, SyncRule};
 use super::records::{ClusterRecords, Durability, KeptWal, LeaderRecord, MemberRecord, Outcome, Tags};
 use super::route::EndpointPorts;
+use super::storage::{Place, Storage, StoragePolicy};
 use super::time::Moment;
 use super::timeline::{History, Term, TimelineId};
 
@@ -91,6 +92,8 @@ pub struct Policy {
     /// Sets diverged data aside and clones when a rewind is not possible.
     pub reclone: bool,
     #[serde(default)]
+    pub storage: StoragePolicy,
+    #[serde(default)]
     pub takeover: Takeover,
     /// Async: how long the last primary is waited for when everything was off; then a person decides.
     #[serde(default)]
@@ -105,6 +108,8 @@ pub struct Local {
     pub data: DataDirectory,
     pub postgres: LocalPostgres,
     pub guard: Guard,
+    #[serde(default)]
+    pub storage: Storage,
     /// What earlier rejoins kept of WAL that only this member had.
     #[serde(default)]
     pub kept: Vec<KeptWal>,
@@ -219,7 +224,11 @@ pub struct PrimaryFacts {
     /// `synchronous_standby_names` as the server shows it.
     pub rule_text: String,
     pub replicas: Vec<Replica>,
+    /// Where each keeps WAL from; `None`: it keeps none any more (its WAL was removed, or it never had any).
     pub slots: BTreeMap<String, Option<Lsn>>,
+    /// `max_slot_wal_keep_size` in bytes; `None`: unlimited, or not known.
+    #[serde(default)]
+    pub slot_bound: Option<u64>,
     pub pending_restart: bool,
     /// Settings that weaken durability behind our back, one sentence each.
     pub exceptions: Vec<String>,
@@ -348,8 +357,23 @@ pub struct Memory {
     #[serde(default)]
     pub holder: Option<HolderMemory>,
     pub releases: Option<SeenRelease>,
-    /// Since when each member of the published set has not streamed, as this leader saw it.
+    /// Since when each member of the published set has not acknowledged, as this leader saw it.
     pub stalled: BTreeMap<MemberName, Moment>,
+    /// How far each follower of this leader has acknowledged.
+    #[serde(default)]
+    pub progress: BTreeMap<MemberName, Progress>,
+    /// Where this leader's WAL ended when PostgreSQL was last seen.
+    #[serde(default)]
+    pub end: Option<Lsn>,
+    /// Members that left the set because they did not acknowledge: what they have to show before they return.
+    #[serde(default)]
+    pub left: BTreeMap<MemberName, Left>,
+    /// When the loop came round before.
+    #[serde(default)]
+    pub round: Option<Moment>,
+    /// Places whose write has not returned or fails: when it began by the probe's word, and since when it counts here.
+    #[serde(default)]
+    pub storage: BTreeMap<Place, (Moment, Moment)>,
     /// Standbys that streamed from here when PostgreSQL was last seen as a primary, and how far each had flushed.
     pub streamed: BTreeMap<MemberName, (Lsn, Moment)>,
     /// Beats of the other members and when each was last seen to change.
@@ -383,6 +407,9 @@ pub struct Memory {
     /// Whom PostgreSQL was last started to follow.
     pub started: Option<Follow>,
     pub rejoin_failures: u32,
+    /// Copies that were made since this member last streamed: each sets the one before aside.
+    #[serde(default)]
+    pub copies: u32,
     /// Nothing of this kind is tried again before.
     pub retry_after: Option<Moment>,
     /// Operations being worked on here.
@@ -400,6 +427,25 @@ pub struct Memory {
     pub published: Option<(Moment, MemberRecord)>,
     /// Since when this standby has followed without streaming.
     pub not_streaming: Option<Moment>,
+}
+
+/// How a follower acknowledges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    pub flushed: Lsn,
+    /// When it was last seen to have all there was to have, or more than before.
+    pub fine_at: Moment,
+    /// Since when that was so each time; `None`: it is not so now.
+    pub fine_since: Option<Moment>,
+}
+
+/// A member that left the set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// Since when it had not acknowledged then.
+    pub stalled: Moment,
+    /// How often within the last ten minutes.
+    pub times: u32,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

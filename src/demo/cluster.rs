@@ -1,6 +1,5 @@
 //! A whole cluster: starts it, waits for states, breaks it, ends it without leaving anything behind.
 
-use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,6 +14,7 @@ use super::writer::{Address, Ids, Writer};
 use super::{DemoError, Host};
 use super::{ports, processes};
 use crate::client::Client;
+use crate::config::Secret;
 use crate::fencing::control_group_name;
 
 /// Between two looks at the agents' answers while a state is waited for: they tell no strangers of changes.
@@ -83,6 +83,8 @@ pub struct Cluster {
     /// Rows of all writers have ids from here.
     pub ids: Ids,
     pub started: Instant,
+    /// What the agents ask from those who change something; they get it through their hosts' environment.
+    pub token: Option<Secret>,
     binary: PathBuf,
     keep: bool,
     ended: bool,
@@ -151,8 +153,7 @@ impl Cluster {
             .take(options.members)
             .zip(options.hosts.iter().cloned().chain(std::iter::repeat_with(Host::default)))
             .filter_map(|(name, host)| {
-                let ports = [free.next()?, free.next()?, free.next()?, free.next()?];
-                Some(Member::new(&base, &name, host, ports))
+                Some(Member::new(&base, &name, host, [free.next()?, free.next()?, free.next()?, free.next()?]))
             })
             .collect();
         // From here on the cluster's drop cleans up, whatever fails.
@@ -163,6 +164,7 @@ impl Cluster {
             etcd,
             ids: Ids::default(),
             started,
+            token: None,
             binary,
             keep: options.keep,
             ended: false,
@@ -195,7 +197,7 @@ impl Cluster {
     }
 
     pub fn client(&self) -> Client {
-        Client::of(self.urls())
+        Client::of(self.urls()).with_token(self.token.clone())
     }
 
     /// All agents' answers, in the members' order.
@@ -292,10 +294,7 @@ impl Cluster {
 
     /// Where clients come in through endpoints.
     pub fn endpoints(&self) -> Vec<Address> {
-        self.members
-            .iter()
-            .map(|m| Address { member: m.name.clone(), at: SocketAddr::new(m.host.address, m.endpoint_port) })
-            .collect()
+        self.members.iter().map(|m| Address { member: m.name.clone(), at: m.endpoint() }).collect()
     }
 
     pub fn writer(&self, clients: usize) -> Writer {

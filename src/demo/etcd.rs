@@ -60,6 +60,11 @@ impl Etcd {
         format!("pgvigil-{}", self.members[0].peer.number)
     }
 
+    /// Never started, or not running any more.
+    pub fn is_down(&mut self, index: usize) -> bool {
+        self.members[index].process.as_mut().is_none_or(|process| process.ended().is_some())
+    }
+
     pub fn pid(&self, index: usize) -> Option<i32> {
         self.members[index].process.as_ref().and_then(Process::pid)
     }

@@ -9,13 +9,20 @@ pub struct Host {
     pub address: IpAddr,
     /// The command that brings a program there, which then takes its place (`nsenter --net=…`); empty: started directly.
     pub through: Vec<OsString>,
+    /// `listen_addresses` there.
+    pub listen: String,
     /// From where clients come, as pg_hba.conf says it.
     pub clients: String,
 }
 
 impl Default for Host {
     fn default() -> Host {
-        Host { address: IpAddr::V4(Ipv4Addr::LOCALHOST), through: Vec::new(), clients: "127.0.0.1/32".to_owned() }
+        Host {
+            address: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            through: Vec::new(),
+            listen: Ipv4Addr::LOCALHOST.to_string(),
+            clients: "127.0.0.1/32".to_owned(),
+        }
     }
 }
 

@@ -131,6 +131,11 @@ impl Member {
         SocketAddr::new(self.host.address, self.port)
     }
 
+    /// Of its endpoint's read-write port.
+    pub fn endpoint(&self) -> SocketAddr {
+        SocketAddr::new(self.host.address, self.endpoint_port)
+    }
+
     pub fn write_files(&self, owner: &Owner, common: &Common) -> Result<(), DemoError> {
         let make = |path: &Path| {
             fs::create_dir_all(path).map_err(|e| DemoError::failed(format!("make {}", path.display()), e))
@@ -179,7 +184,7 @@ impl Member {
             common.lease,
             at("pg/data"),
             owner.name,
-            self.host.address,
+            self.host.listen,
             at("run"),
             at("superuser.password"),
             at("internal.password"),

@@ -7,7 +7,7 @@
 
 mod cluster;
 pub mod control;
-mod disk;
+pub mod disk;
 mod error;
 mod etcd;
 pub mod figures;
@@ -26,7 +26,7 @@ pub mod writer;
 /// Clients that write while something is measured.
 const CLIENTS: usize = 2;
 
-pub use cluster::{Cluster, Look, Options};
+pub use cluster::{Cluster, Look, Options, is_healthy};
 pub use disk::Disk;
 pub use error::DemoError;
 pub use host::Host;

@@ -123,6 +123,11 @@ impl Writer {
         self.with(|record| record.acknowledged.len())
     }
 
+    /// Rows that this server acknowledged.
+    pub fn acknowledged_by(&self, server: usize) -> usize {
+        self.with(|record| record.acknowledged.iter().filter(|row| row.server == server).count())
+    }
+
     pub fn last(&self) -> Option<Acknowledged> {
         self.with(|record| record.acknowledged.last().copied())
     }

@@ -37,6 +37,22 @@ pub(super) fn kill_group(path: &Path, within: Duration) -> io::Result<Killed> {
     }
 }
 
+/// Members of the group that are neither gone nor in uninterruptible sleep, by the kernel's word alone.
+pub(super) fn running_in(path: &Path) -> io::Result<u32> {
+    let members = match std::fs::read_to_string(path.join("cgroup.procs")) {
+        Ok(members) => members,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(error),
+    };
+    let runs = |pid: &str| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name may hold anything, a parenthesis too.
+        let (_, rest) = stat.rsplit_once(") ")?;
+        Some(!rest.starts_with(['D', 'Z', 'X']))
+    };
+    Ok(members.lines().filter(|pid| runs(pid) == Some(true)).count() as u32)
+}
+
 /// Without a control group: everything below a guardian that lives but does not answer; below a dead one its second has
 /// killed when it gives the lock back.
 pub(super) fn kill_tree(

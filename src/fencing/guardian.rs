@@ -33,7 +33,7 @@ use crate::core::timeline::Term;
 use crate::core::view::{Exit, Guard, GuardState};
 use crate::guardian::page::{Deadline, GateWord, Page};
 use crate::guardian::wire::{self, Answer, Clocks, How, MAX_ANSWER, MAX_MESSAGE, Order, Request, Start, Status};
-use crate::guardian::{ALREADY_RUNNING, ControlGroup, pidfd_open, receive_with_descriptor};
+use crate::guardian::{ALREADY_RUNNING, ControlGroup, Processes, pidfd_open, receive_with_descriptor};
 use crate::ports::{DeadlinePage, Fence, FenceError, Killed, Launch, StopSignal};
 
 /// An answer to anything but a kill: the guardian answers in less than a millisecond when it lives.
@@ -418,6 +418,37 @@ impl Fence for GuardianFence {
     }
 
     async fn kill(&self, within: Duration) -> Result<Killed, FenceError> {
+        let killed = self.kill_all(within).await?;
+        if killed.survivors == 0 {
+            return Ok(killed);
+        }
+        // Whoever sleeps in the kernel with SIGKILL pending runs no instruction of its own any more. Whoever does not may
+        // still write and acknowledge: that is no kill (protocol §3).
+        match self.running().await? {
+            0 => Ok(killed),
+            running => Err(FenceError::Refused {
+                what: "kill".into(),
+                why: format!("{running} processes of postgresql still run"),
+            }),
+        }
+    }
+
+    fn page(&self) -> Option<Arc<dyn DeadlinePage>> {
+        Some(self.shared.link()?.page.clone())
+    }
+
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.shared.changes.subscribe()
+    }
+
+    async fn dismiss(&self) -> Result<(), FenceError> {
+        self.ask("dismiss", &Request::Dismiss, ANSWER).await.map(drop)
+    }
+}
+
+impl GuardianFence {
+    /// By the guardian, or without it.
+    async fn kill_all(&self, within: Duration) -> Result<Killed, FenceError> {
         let begin = Instant::now();
         let milliseconds = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
         // The guardian answers at the latest after `within`; its answer then needs a moment to come here.
@@ -437,16 +468,19 @@ impl Fence for GuardianFence {
         }
     }
 
-    fn page(&self) -> Option<Arc<dyn DeadlinePage>> {
-        Some(self.shared.link()?.page.clone())
-    }
-
-    fn changes(&self) -> watch::Receiver<u64> {
-        self.shared.changes.subscribe()
-    }
-
-    async fn dismiss(&self) -> Result<(), FenceError> {
-        self.ask("dismiss", &Request::Dismiss, ANSWER).await.map(drop)
+    /// Processes of PostgreSQL that are neither gone nor in uninterruptible sleep.
+    async fn running(&self) -> Result<u32, FenceError> {
+        let known = lock(&self.shared.known).clone();
+        let guardian = known.status.map(|status| status.guardian);
+        let look = move || match (known.group, guardian) {
+            (Some(group), _) => by_hand::running_in(&group),
+            (None, Some(guardian)) => Processes::open()?.descendants(guardian, None, false).map(|found| found.running),
+            (None, None) => Err(io::Error::other("neither the control group nor the guardian is known")),
+        };
+        tokio::task::spawn_blocking(look)
+            .await
+            .map_err(|error| unavailable("kill", error.to_string()))?
+            .map_err(|error| unavailable("look who is left of postgresql", error.to_string()))
     }
 }
 
@@ -490,7 +524,10 @@ fn how(how: How) -> String {
 }
 
 fn killed(answer: &Answer) -> Killed {
-    Killed { was_down: matches!(answer, Answer::Killed { was_down: true, .. }), survivors: answer.status().survivors }
+    let status = answer.status();
+    // A postmaster that hangs in its disk has not ended either.
+    let survivors = status.survivors + u32::from(status.postmaster != 0);
+    Killed { was_down: matches!(answer, Answer::Killed { was_down: true, .. }), survivors }
 }
 
 fn unavailable(what: &str, why: impl Into<String>) -> FenceError {

@@ -50,7 +50,7 @@ pub use group::ControlGroup;
 pub use processes::Processes;
 pub use run::now;
 pub use start::{ALREADY_RUNNING, lock_file};
-pub use sys::{pidfd_open, receive_with_descriptor};
+pub use sys::{SharedCells, pidfd_open, receive_with_descriptor};
 
 /// `pgvigil guardian --socket PATH --priority N --cgroup NAME|none --log PATH`
 #[derive(Clone, Debug, PartialEq, Eq)]

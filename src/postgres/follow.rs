@@ -108,7 +108,7 @@ pub async fn put_in_force(
     wanted: &Dynamic,
     deadline: Instant,
 ) -> Result<(Session, Shown), ChangeError> {
-    start::strip_auto_conf(server)?;
+    start::strip_auto_conf_by(server, deadline).await?;
     start::write_dynamic(server, wanted)?;
     signal_reload(server, deadline).await?;
     loop {

@@ -24,6 +24,7 @@ mod observe;
 mod processes;
 mod programs;
 mod promote;
+mod reader;
 mod rewind;
 pub(crate) mod roles;
 mod seal;
@@ -39,7 +40,7 @@ use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use crate::config::Config;
 use crate::core::Lsn;
@@ -53,6 +54,7 @@ use crate::ports::{Launch, Postgres, PostgresError, Progress, Promotion, Source,
 use controldata::ControlFile;
 use files::{Owner, broken};
 use layout::Layout;
+use reader::Reader;
 use session::{Address, Login, Session, SessionError};
 
 pub use roles::script as roles_script;
@@ -71,6 +73,7 @@ pub struct LocalServer {
     /// In replication mode, for IDENTIFY_SYSTEM: only it tells which timeline a standby replays.
     timeline_teller: Mutex<Option<Session>>,
     program_version: OnceLock<(PathBuf, u32)>,
+    reader: Reader,
 }
 
 impl LocalServer {
@@ -83,6 +86,7 @@ impl LocalServer {
             observer: Mutex::new(None),
             timeline_teller: Mutex::new(None),
             program_version: OnceLock::new(),
+            reader: Reader::start().map_err(|e| broken("start a thread", e))?,
         };
         // Where nothing is yet, everything begins with the programs: refused before a word goes to the store. Where
         // PostgreSQL may be running they may be missing for a moment (a package is being upgraded), and nobody is to
@@ -101,7 +105,10 @@ impl LocalServer {
 
     /// Major version of the programs. Asked once for each path: `postgres --version` is a fork.
     async fn major(&self) -> Result<u32, PostgresError> {
-        let program = self.program("postgres")?;
+        self.major_of(self.program("postgres")?).await
+    }
+
+    async fn major_of(&self, program: PathBuf) -> Result<u32, PostgresError> {
         if let Some((_, version)) = self.program_version.get().filter(|(known, _)| *known == program) {
             return Ok(*version);
         }
@@ -117,6 +124,21 @@ impl LocalServer {
 
     fn control_file(&self, what: &str) -> Result<ControlFile, PostgresError> {
         ControlFile::read(&self.layout.data_dir).map_err(|why| broken(what, why))
+    }
+
+    /// What the control file and the history file of a timeline say, for a round of the loop.
+    async fn control_and_history(
+        &self,
+        timeline: TimelineId,
+        deadline: Instant,
+    ) -> Result<(ControlFile, History), String> {
+        let layout = self.layout.clone();
+        let read = move || {
+            let control = ControlFile::read(&layout.data_dir)?;
+            let history = timelines::history(&layout, timeline).map_err(|e| e.to_string())?;
+            Ok((control, history))
+        };
+        self.reader.read(deadline, read).await?
     }
 
     fn prepare_directories(&self) -> Result<(), PostgresError> {
@@ -227,10 +249,25 @@ impl Postgres for LocalServer {
         observe::observe(self, guard, Instant::now() + within).await
     }
 
-    async fn data_directory(&self) -> DataDirectory {
+    async fn data_directory(&self, within: Duration) -> DataDirectory {
+        let deadline = Instant::now() + within;
+        let (layout, bin_dir) = (self.layout.clone(), self.config.postgresql.bin_dir.clone());
+        let find = move || {
+            let version = data_directory::version(&layout.data_dir).unwrap_or_default();
+            programs::directory(bin_dir.as_deref(), version).map(|directory| directory.join("postgres"))
+        };
+        let program = match self.reader.read(deadline, find).await {
+            Ok(program) => program.ok(),
+            Err(why) => return DataDirectory::Unknown { why },
+        };
         // Not knowing the programs' version is no reason not to know the directory; the start says what is missing.
-        let programs = self.major().await.ok();
-        data_directory::look(&self.layout, programs)
+        let programs = match program {
+            Some(program) => timeout_at(deadline, self.major_of(program)).await.ok().and_then(Result::ok),
+            None => None,
+        };
+        let layout = self.layout.clone();
+        let look = self.reader.read(deadline, move || data_directory::look(&layout, programs)).await;
+        look.unwrap_or_else(|why| DataDirectory::Unknown { why })
     }
 
     async fn prepare_start(&self, mode: &StartMode) -> Result<Launch, PostgresError> {

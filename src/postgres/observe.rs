@@ -9,7 +9,8 @@ use crate::core::timeline::TimelineId;
 use crate::core::view::{Guard, GuardState, LastMessage, LocalPostgres, PrimaryFacts, Receiver, Replica, StandbyFacts};
 
 use super::session::{Row, Rows, Session, SessionError};
-use super::{LocalServer, put, settings, take, timelines};
+use super::{LocalServer, put, settings, take};
+use crate::config::units::size;
 
 pub async fn observe(server: &LocalServer, guard: &Guard, deadline: Instant) -> LocalPostgres {
     match &guard.state {
@@ -69,14 +70,13 @@ async fn read(server: &LocalServer, deadline: Instant) -> Result<LocalPostgres, 
         return Err(SessionError::Unexpected(format!("{} answers instead of five", answers.len())).into());
     };
     let server_row = facts.one()?;
-    let control = server.control_file("read the system identifier").map_err(|e| Unread::File(e.to_string()))?;
     let version: u32 = server_row.parsed("version")?;
     let slots = read_slots(slots)?;
     let pending_restart = any_pending(owned)?;
 
     if server_row.flag("in_recovery")? {
         let identity = server.identify(deadline).await?;
-        let history = timelines::history(&server.layout, identity.timeline).map_err(|e| Unread::File(e.to_string()))?;
+        let (control, history) = server.control_and_history(identity.timeline, deadline).await.map_err(Unread::File)?;
         let receiver = match (server_row.flag("receiver_runs")?, server_row.flag("receiver_streams")?) {
             (_, true) => Receiver::Streaming,
             (true, false) => Receiver::Connecting,
@@ -103,7 +103,7 @@ async fn read(server: &LocalServer, deadline: Instant) -> Result<LocalPostgres, 
     let timeline = u32::from_str_radix(timeline, 16)
         .map(TimelineId)
         .map_err(|_| SessionError::Unexpected(format!("`{timeline}` is no timeline")))?;
-    let history = timelines::history(&server.layout, timeline).map_err(|e| Unread::File(e.to_string()))?;
+    let (control, history) = server.control_and_history(timeline, deadline).await.map_err(Unread::File)?;
     Ok(LocalPostgres::Primary(PrimaryFacts {
         version,
         system_identifier: control.system_identifier,
@@ -114,6 +114,8 @@ async fn read(server: &LocalServer, deadline: Instant) -> Result<LocalPostgres, 
         rule_text: server_row.text("rule")?.to_owned(),
         replicas: replicas.iter().map(read_replica).collect::<Result<_, _>>()?,
         slots,
+        // `-1` is no size: unlimited.
+        slot_bound: size(server_row.text("slot_bound")?).ok(),
         pending_restart,
         exceptions: exceptions(server, owned, overrides)?,
     }))

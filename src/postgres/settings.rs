@@ -11,6 +11,7 @@ use std::path::Path;
 
 use crate::config::Config;
 use crate::core::plan::{Follow, SyncRule, parse_walreceiver_name};
+use crate::core::storage::slot_bound;
 use crate::core::timeline::{Term, TimelineId};
 use crate::core::{names::MemberName, plan::Source};
 
@@ -84,7 +85,7 @@ pub fn check_parameters(parameters: &BTreeMap<String, String>) -> Result<(), Str
 }
 
 /// Values under which a cluster works out of the box; the operator's own come after them.
-fn base(config: &Config, layout: &Layout, major: u32) -> Vec<(&'static str, String)> {
+fn base(config: &Config, layout: &Layout, major: u32, free_for_wal: Option<u64>) -> Vec<(&'static str, String)> {
     let senders = (config.members.len() * 2 + 6).max(10).to_string();
     let mut base: Vec<(&'static str, String)> = vec![
         ("max_connections", "100".into()),
@@ -96,7 +97,7 @@ fn base(config: &Config, layout: &Layout, major: u32) -> Vec<(&'static str, Stri
         ("max_replication_slots", senders),
         ("wal_keep_size", "128MB".into()),
         // A member that stays away must not fill the disk of the one that works; it is cloned again instead.
-        ("max_slot_wal_keep_size", "8GB".into()),
+        ("max_slot_wal_keep_size", free_for_wal.map_or("8GB".into(), |free| format!("{}MB", slot_bound(free) >> 20))),
         ("max_wal_size", "1GB".into()),
         ("min_wal_size", "80MB".into()),
         ("password_encryption", "scram-sha-256".into()),
@@ -133,12 +134,12 @@ fn base(config: &Config, layout: &Layout, major: u32) -> Vec<(&'static str, Stri
     base
 }
 
-pub fn main_file(config: &Config, layout: &Layout, major: u32) -> String {
+pub fn main_file(config: &Config, layout: &Layout, major: u32, free_for_wal: Option<u64>) -> String {
     let mut text = String::from(
         "# Written by pgvigil at each start and reload; changes here are lost.\n\
          # Settings belong into postgresql.parameters of pgvigil's configuration.\n\n",
     );
-    for (name, value) in base(config, layout, major) {
+    for (name, value) in base(config, layout, major, free_for_wal) {
         text.push_str(&line(name, &value));
     }
     text.push_str("\n# postgresql.parameters\n");
@@ -188,7 +189,7 @@ pub fn command_line(config: &Config, layout: &Layout, major: u32, timeline: &str
 /// The settings of which a standby must not have less than its primary had, where the configuration says less: every
 /// start is one as a standby, so a lowered value would keep the whole cluster down. (name, configured, needed)
 pub fn raised(config: &Config, layout: &Layout, major: u32, control: &ControlFile) -> Vec<(&'static str, i32, i32)> {
-    let base = base(config, layout, major);
+    let base = base(config, layout, major, None);
     let configured = |name: &str| {
         let operator = config.postgresql.parameters.get(name).map(String::as_str);
         let ours = base.iter().find(|(known, _)| *known == name).map(|(_, value)| value.as_str());

@@ -2,6 +2,10 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::core::plan::SyncRule;
 use crate::core::timeline::TimelineId;
@@ -9,9 +13,13 @@ use crate::core::view::DataDirectory;
 use crate::ports::{Launch, PostgresError, StartMode};
 
 use super::LocalServer;
-use super::files::{self, broken};
+use super::files::{self, Owner, broken};
+use super::layout::Layout;
 use super::settings::{self, Dynamic};
 use super::{data_directory, hba, roles, timelines};
+
+/// Asking a file system for its free space takes microseconds, or its disk hangs.
+const LOOK: Duration = Duration::from_secs(1);
 
 pub async fn prepare(server: &LocalServer, mode: &StartMode) -> Result<Launch, PostgresError> {
     let what = "prepare the start of postgresql";
@@ -132,12 +140,23 @@ fn refuse_what_ends_recovery(server: &LocalServer) -> Result<(), PostgresError> 
 
 /// Takes pgvigil's own settings out of postgresql.auto.conf, which outranks our files.
 pub fn strip_auto_conf(server: &LocalServer) -> Result<(), PostgresError> {
-    let path = server.layout.auto_conf();
+    strip(&server.layout, &server.owner)
+}
+
+/// The same, for whoever must not wait for the disk.
+pub async fn strip_auto_conf_by(server: &LocalServer, deadline: Instant) -> Result<(), PostgresError> {
+    let (layout, owner) = (server.layout.clone(), server.owner.clone());
+    let stripped = server.reader.read(deadline, move || strip(&layout, &owner)).await;
+    stripped.unwrap_or_else(|why| Err(broken("read postgresql.auto.conf", why)))
+}
+
+fn strip(layout: &Layout, owner: &Owner) -> Result<(), PostgresError> {
+    let path = layout.auto_conf();
     let Some(text) = files::read_if_there(&path)? else { return Ok(()) };
     let (kept, taken) = settings::strip_owned(&text);
     if !taken.is_empty() {
         tracing::warn!(settings = %taken.join(", "), file = %path.display(), "took settings of ALTER SYSTEM out that pgvigil owns");
-        server.owner.write(&path, &kept, true)?;
+        owner.write(&path, &kept, true)?;
     }
     Ok(())
 }
@@ -152,10 +171,18 @@ pub async fn write_configuration(server: &LocalServer) -> Result<(), PostgresErr
     let major = server.major().await?;
     let (layout, owner, config) = (&server.layout, &server.owner, &server.config);
     settings::check_parameters(&config.postgresql.parameters).map_err(|why| broken("write postgresql.conf", why))?;
-    owner.write(&layout.main_file, &settings::main_file(config, layout, major), false)?;
+    let data_dir = layout.data_dir.clone();
+    let free = server.reader.read(Instant::now() + LOOK, move || free_for_wal(&data_dir)).await.ok().flatten();
+    owner.write(&layout.main_file, &settings::main_file(config, layout, major, free), false)?;
     owner.write(&layout.hba_file, &hba::hba_file(config), false)?;
     owner.write(&layout.ident_file, &hba::ident_file(), false)?;
     write_passfile(server)
+}
+
+/// Free bytes where the WAL is.
+fn free_for_wal(data_dir: &Path) -> Option<u64> {
+    let stat = nix::sys::statvfs::statvfs(&data_dir.join("pg_wal")).ok()?;
+    Some(stat.blocks_available().saturating_mul(stat.fragment_size()))
 }
 
 /// For libpq: the walreceiver's and the tools'. A password in a connection string would show in views and process lists.

@@ -88,8 +88,8 @@ fn a_crash_of_postgresql_hands_over_at_once() {
 }
 
 #[test]
-fn agent_and_postgresql_dead_are_replaced_after_w() {
-    let mut toy = running(Durability::Sync);
+fn in_async_agent_and_postgresql_dead_are_replaced_after_w() {
+    let mut toy = running(Durability::Async);
     let old = toy.leader().unwrap();
     toy.member(old.as_str()).die("power");
     toy.member(old.as_str()).agent = false;

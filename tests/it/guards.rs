@@ -667,6 +667,24 @@ fn the_lint_refuses_a_takeover_that_does_not_compare_the_lease() {
     assert!(refused(&view, take(Transaction::when(Key::Leader, 50))));
 }
 
+/// S1: in async only the end of the lease, or a release, ends whoever holds the term.
+#[test]
+fn the_lint_refuses_an_async_takeover_before_w() {
+    let take = |mode: Durability, silence: Duration| {
+        let mut view = silent(silence);
+        let Entry::Present(claim) = &mut records(&mut view).sync else { panic!("there is a claim") };
+        claim.value.mode = mode;
+        let mut record = leader(&mut view).clone();
+        (record.holder, record.term) = (id("b"), Term(5));
+        record.state = LeaderState::Electing { coordinator: name("b"), preferred: None, winner: None };
+        let transaction = Transaction::when(Key::Leader, 50).and(Key::Lease, 100).put(Write::Leader(record));
+        refused(&view, Step::Commit { what: "test".to_owned(), transaction })
+    };
+    assert!(take(Durability::Async, secs(3)));
+    assert!(!take(Durability::Async, secs(9)));
+    assert!(!take(Durability::Sync, secs(3)));
+}
+
 /// S12: no claim is no licence, at the counting as before the election.
 #[test]
 fn without_the_claim_no_seals_are_enough() {
@@ -685,4 +703,28 @@ fn without_the_claim_no_seals_are_enough() {
     assert!(winner_of(&judge(r, &record, 1 << 20, None)).is_some());
     r.sync = Entry::Absent;
     assert!(matches!(judge(r, &record, 1 << 20, None), Verdict::Impossible { .. }));
+}
+
+/// An election is a lease like any other: past its deadline the coordinator chooses nobody.
+#[test]
+fn an_election_ends_with_its_lease() {
+    let view = |deadline_passed: bool| {
+        let mut view = led().seen_by("b");
+        let record = leader(&mut view);
+        (record.holder, record.term) = (id("b"), Term(5));
+        record.state = LeaderState::Electing { coordinator: name("b"), preferred: None, winner: None };
+        let r = records(&mut view);
+        for n in ["b", "c"] {
+            let position =
+                Position { timeline: TimelineId(1), replayed: END, received: END, history: Default::default() };
+            let seal = SealRecord { term: Term(5), incarnation: id(n).incarnation, position, tags: Default::default() };
+            r.seals.insert(name(n), Keyed { revision: 70, value: seal });
+        }
+        let deadline = if deadline_passed { view.now.minus(secs(1)) } else { view.now.plus(secs(7)) };
+        view.lease = LeaseView::Held { term: Term(5), deadline };
+        view.memory.kept_revision = Some(50);
+        decide(&view).rule
+    };
+    assert_eq!(view(false), "election.winner");
+    assert_ne!(view(true), "election.winner");
 }

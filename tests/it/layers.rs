@@ -18,6 +18,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("postgres", &["ports", "config", "core"]),
     // The fence speaks to the guardian in the guardian's own words.
     ("fencing", &["ports", "config", "core", "guardian"]),
+    // Shared memory is the guardian's: the one file with unsafe code.
+    ("storage", &["ports", "config", "core", "guardian"]),
     ("peers", &["ports", "config", "core"]),
     ("agent", &["ports", "config", "core"]),
     ("api", &["ports", "config", "core", "agent::status"]),

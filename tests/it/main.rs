@@ -16,6 +16,7 @@ mod outlook;
 mod peers;
 mod random;
 mod review;
+mod storage;
 mod support;
 mod takeover;
 mod toy;

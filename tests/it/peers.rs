@@ -47,10 +47,10 @@ async fn agent(token: Option<&str>) -> Agent {
     let cluster = ClusterName::new("maas").unwrap();
     let answers = Answers { cluster: cluster.clone(), status: published_status.clone(), clock: clock.clone() };
     let api = Api {
-        endpoint: watch::channel(None).1,
         config,
         cluster,
         status: published_status,
+        endpoint: watch::channel(None).1,
         requests: mpsc::channel(1).0,
         answers: Arc::new(answers),
         clock: clock.clone(),

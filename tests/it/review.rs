@@ -577,3 +577,52 @@ fn a_failover_asked_for_during_an_election_is_over_with_it() {
     assert!(matches!(outcome, Some(Outcome::Done { .. })), "{outcome:?}");
     assert_eq!(toy.writers.len(), 2, "one change of leader");
 }
+
+/// L1: a release by name binds the others for a second, not for ever: the one who is named may be dead by then.
+#[test]
+fn a_release_to_who_dies_does_not_keep_the_others_waiting() {
+    let mut toy = running(Durability::Sync);
+    let old = toy.leader().unwrap();
+    toy.member(old.as_str()).die("signal 9");
+    let mut named = None;
+    toy.until("a release by name", 20, |t| {
+        let Some(LeaderState::Released { to: Some(to), .. }) = t.records.leader().map(|l| &l.state) else {
+            return false;
+        };
+        named = Some(to.clone());
+        true
+    });
+    let named = named.unwrap();
+    toy.member(named.as_str()).die("power");
+    toy.member(named.as_str()).agent = false;
+    toy.until("another one", 80, |t| t.leader().is_some_and(|l| l != named));
+}
+
+/// S1: an election that began without W has nothing but its seals to say that the old leader is over; a person's word that
+/// loss is accepted is no seal.
+#[test]
+fn force_does_not_go_past_the_clocks() {
+    let (mut toy, old) = all_off(Durability::Sync);
+    force(&mut toy, None, &[]);
+    assert!(toy.records.forced().is_some());
+    if let Entry::Present(leader) = &mut toy.records.leader {
+        let from = leader.value.holder.clone();
+        leader.value.taken = Some(pgvigil::core::records::Taken { from, term: leader.value.term, doubled: 0 });
+    }
+    assert!(toy.records.forced().is_none(), "its lease may not be over");
+    force(&mut toy, None, &[&old]);
+    assert!(toy.records.forced().is_some());
+}
+
+/// L2: starts that failed before a copy were held against the copy, which was thrown away and made again for ever.
+#[test]
+fn crashes_of_data_that_are_gone_do_not_count_against_their_copy() {
+    let mut toy = running(Durability::Sync);
+    let b = others(&toy.leader().unwrap()).remove(0);
+    let now = toy.now;
+    let m = toy.member(b.as_str());
+    m.die("signal 9");
+    m.data = DataDirectory::Empty;
+    m.memory.crashes = vec![(97, now), (98, now), (99, now)];
+    toy.until("it streams again", 100, |t| t.streaming() == 2);
+}

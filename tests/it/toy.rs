@@ -17,6 +17,7 @@ use pgvigil::core::records::{
     ClusterRecords, Durability, Entry, Key, Keyed, LeaderState, LeaseRecord, Position, SealRecord, Tags, Transaction,
     Write,
 };
+use pgvigil::core::storage::{Disk, Place, Probe, Space, Storage, StoragePolicy};
 use pgvigil::core::timeline::{History, HistoryEntry, TimelineId};
 use pgvigil::core::view::{
     DataDirectory, Durable, Exit, Guard, GuardState, JobKind, LastMessage, LeaseView, Local, LocalPostgres, Me, Memory,
@@ -54,6 +55,7 @@ pub fn policy(durability: Durability) -> Policy {
         reclone: true,
         cold_start_wait: Duration::from_secs(60),
         rejoin_timeout: Duration::from_secs(60),
+        storage: StoragePolicy::default(),
         takeover: Takeover::default(),
     }
 }
@@ -79,8 +81,16 @@ pub struct Member {
     pub armed: Option<pgvigil::core::timeline::Term>,
     pub agent: bool,
     pub store: bool,
+    /// It lost the store in the middle of a change, for some rounds.
+    cut: bool,
     /// Can WAL be streamed from and to this member?
     pub network: bool,
+    /// Its walreceiver is stopped: the connection stands, nothing moves.
+    pub halted: bool,
+    /// Since when writes to its data do not return. What was killed meanwhile does not end.
+    pub stalled: Option<Moment>,
+    /// Less room than PostgreSQL needs: a start fails.
+    pub full: bool,
     /// What is left of the plan that is being carried out.
     pub pending: VecDeque<Step>,
     pub exit: Option<Exit>,
@@ -103,6 +113,7 @@ pub struct Member {
     pub promised: Option<Moment>,
 }
 
+#[derive(Clone)]
 pub struct Toy {
     pub now: Moment,
     pub records: ClusterRecords,
@@ -180,7 +191,11 @@ impl Toy {
                     armed: None,
                     agent: true,
                     store: true,
+                    cut: false,
                     network: true,
+                    halted: false,
+                    stalled: None,
+                    full: false,
                     pending: VecDeque::new(),
                     exit: None,
                     starts: 0,
@@ -332,6 +347,10 @@ impl Toy {
         let names: Vec<MemberName> = self.members.keys().cloned().collect();
         for n in &names {
             if self.members[n].agent && !self.members[n].exited {
+                if self.members[n].cut && self.chance(20) {
+                    let m = self.member(n.as_str());
+                    (m.cut, m.store) = (false, true);
+                }
                 self.keep(n);
                 // A plan that was interrupted by a freeze goes on, whatever has happened since.
                 if self.members[n].pending.is_empty() {
@@ -349,9 +368,29 @@ impl Toy {
             if !self.execute(n, &step) {
                 self.member(n.as_str()).pending.clear();
             }
+            self.break_in_between(n, &step);
             if self.chance(300) {
                 self.member(n.as_str()).agent = false;
             }
+        }
+    }
+
+    /// A change of the synchronous set is most fragile between two of its steps: agent, PostgreSQL or store may go there.
+    fn break_in_between(&mut self, n: &MemberName, step: &Step) {
+        let changes_the_set = match step {
+            Step::Enforce { .. } => true,
+            Step::Commit { transaction, .. } => transaction.write.iter().any(|w| matches!(w, Write::Sync(_))),
+            _ => false,
+        };
+        if !changes_the_set || !self.chance(8) {
+            return;
+        }
+        let dice = self.trouble.as_mut().map_or(0, |random| random.below(3));
+        let m = self.member(n.as_str());
+        match dice {
+            0 => m.restart_agent(),
+            1 => m.die("signal 9"),
+            _ => (m.cut, m.store) = (true, false),
         }
     }
 
@@ -359,7 +398,7 @@ impl Toy {
     fn acknowledge(&mut self) {
         let mut told = Vec::new();
         for (n, m) in self.members.iter().filter(|(_, m)| !m.frozen) {
-            let Pg::Primary { timeline, flushed, rule, .. } = &m.pg else { continue };
+            let Pg::Primary { timeline, history, flushed, rule } = &m.pg else { continue };
             let at = if rule.is_empty() {
                 *flushed
             } else {
@@ -373,7 +412,10 @@ impl Toy {
                 has.sort_unstable_by(|a, b| b.cmp(a));
                 has.get(k - 1).copied().unwrap_or(0)
             };
-            told.push((*timeline, at));
+            // Up to where it left its parent nothing was written on it.
+            if history.0.last().is_none_or(|parted| at > parted.switch.0) {
+                told.push((*timeline, at));
+            }
         }
         for (timeline, at) in told.into_iter().filter(|(_, at)| *at > 0) {
             let known = self.acknowledged.entry(timeline).or_default();
@@ -416,13 +458,13 @@ impl Toy {
     /// The primary writes a little; standbys that follow get it, in trouble not always.
     fn replicate(&mut self) {
         for m in self.members.values_mut().filter(|m| !m.frozen) {
-            if let Pg::Primary { flushed, .. } = &mut m.pg {
+            if let (Pg::Primary { flushed, .. }, None) = (&mut m.pg, m.stalled) {
                 *flushed += 10;
             }
         }
         let all = self.members.clone();
         for n in all.keys() {
-            if !self.streams(n) || self.chance(3) {
+            if !self.streams(n) || all[n].halted || all[n].stalled.is_some() || self.chance(3) {
                 continue;
             }
             let Some(Member { pg: Pg::Standby { timeline, history, replayed, follows: Some(follow) }, .. }) =
@@ -493,10 +535,13 @@ impl Toy {
         let receiver = if self.streams(n) { Receiver::Streaming } else { Receiver::None };
         let m = self.members.get_mut(n).unwrap();
         let guard = match &m.pg {
+            // SIGKILL waits for the disk.
+            Pg::Down if m.stalled.is_some() => GuardState::Survivors { count: 1 },
             Pg::Down => GuardState::Idle { exit: m.exit.clone() },
             Pg::Standby { .. } | Pg::Primary { .. } => GuardState::Running { postmaster: 1, armed: m.armed },
         };
         let postgres = match &m.pg {
+            Pg::Down if m.stalled.is_some() => LocalPostgres::Unknown { why: "killed; 1 process is left".to_owned() },
             Pg::Down => LocalPostgres::Down,
             Pg::Standby { timeline, history, replayed, follows } => LocalPostgres::Standby(StandbyFacts {
                 version: 150_000,
@@ -524,6 +569,7 @@ impl Toy {
                 rule_text: rule.clone(),
                 replicas,
                 slots: all_slots(&m.me),
+                slot_bound: None,
                 pending_restart: false,
                 exceptions: vec![],
             }),
@@ -533,6 +579,7 @@ impl Toy {
             data: m.data.clone(),
             postgres,
             guard: Guard { state: guard, real_time: true, control_group: true, death_covered: false },
+            storage: m.storage(now),
             kept: Vec::new(),
         };
         let store = if m.store {
@@ -699,7 +746,11 @@ impl Toy {
             let trouble = self.trouble.take();
             self.replicate();
             self.acknowledge();
-            let there = order.to.as_ref().is_none_or(|to| self.streams(&to.member));
+            let acts = |n: &MemberName| {
+                let m = &self.members[n];
+                !m.halted && !m.frozen && m.stalled.is_none()
+            };
+            let there = order.to.as_ref().is_none_or(|to| self.streams(&to.member) && acts(&to.member));
             self.trouble = trouble;
             let m = self.members.get_mut(n).unwrap();
             m.die_as("stopped", true);
@@ -727,6 +778,10 @@ impl Toy {
             return false;
         }
         let all = self.members.clone();
+        let passes = match step {
+            Step::Enforce { to: SyncRule::Any { k, members, .. }, .. } => self.barrier(n, *k, members),
+            _ => true,
+        };
         let m = self.members.get_mut(n).unwrap();
         if m.state_disk_full && matches!(step, Step::Remember { .. } | Step::Seal { .. }) {
             return false;
@@ -758,6 +813,12 @@ impl Toy {
             Step::Disarm => m.armed = None,
             Step::Arm { term } => m.armed = Some(*term),
             Step::Start { follow } => {
+                assert!(m.stalled.is_none(), "started on a disk that hangs, or beside what is left");
+                if m.full {
+                    m.starts += 1;
+                    m.exit = Some(Exit { how: "exit code 1".to_owned(), orderly: false, start_number: m.starts });
+                    return true;
+                }
                 assert!(
                     follow.is_some() || !m.memory.durable.must_follow,
                     "copied data never become consistent parked"
@@ -779,6 +840,10 @@ impl Toy {
                     return false;
                 }
                 m.memory.durable.sealed_term = *term;
+                // Its walreceiver hangs in the disk and does not end.
+                if m.stalled.is_some() || m.halted {
+                    return false;
+                }
                 let Pg::Standby { timeline, history, replayed, follows } = &mut m.pg else { return false };
                 *follows = None;
                 let position = Position {
@@ -794,7 +859,7 @@ impl Toy {
             }
             Step::Promote { order } => {
                 let Pg::Standby { timeline, history, replayed, .. } = &m.pg else { return false };
-                let reserved = (order.parent.0, order.switch.0) == (*timeline, *replayed);
+                let reserved = (order.parent.0, order.switch.0) == (*timeline, *replayed) && m.stalled.is_none();
                 let deadline = match &m.lease {
                     LeaseView::Held { term, deadline } if *term == order.term && reserved => *deadline,
                     _ => {
@@ -823,6 +888,11 @@ impl Toy {
             Step::Enforce { to, .. } => {
                 if let Pg::Primary { rule, .. } = &mut m.pg {
                     *rule = to.to_string();
+                }
+                // The barrier returns when enough of the new set acknowledge it; the file is written anyway.
+                if !passes {
+                    m.ended(JobKind::Enforce { to: to.clone() }, Err("the barrier did not return"), now);
+                    return false;
                 }
                 m.ended(JobKind::Enforce { to: to.clone() }, Ok(()), now);
             }
@@ -859,6 +929,31 @@ impl Toy {
             Step::Exit => m.exited = true,
             Step::EndWalsenders { .. } | Step::KeepSlots { .. } | Step::Reload => {}
             Step::Commit { .. } | Step::HandOver { .. } | Step::FinishRequest { .. } => unreachable!("done above"),
+        }
+        true
+    }
+
+    /// A commit of the primary's own under the new rule: k of `named` have everything up to it when it returns.
+    fn barrier(&mut self, n: &MemberName, k: u32, named: &BTreeSet<MemberId>) -> bool {
+        let Pg::Primary { timeline, history, flushed, .. } = self.members[n].pg.clone() else { return false };
+        let follows = |id: &&MemberId| {
+            let m = &self.members[&id.name];
+            let here = matches!(&m.pg, Pg::Standby { follows: Some(f), .. } if f.upstream.member == *n
+                && parse_walreceiver_name(&f.walreceiver).is_some_and(|(known, _)| known == **id));
+            here && m.me.id == **id && !m.halted && !m.frozen && m.stalled.is_none() && self.streams(&id.name)
+        };
+        let mut able: Vec<MemberName> = named.iter().filter(follows).map(|id| id.name.clone()).collect();
+        if self.members[n].stalled.is_some() || able.len() < k as usize {
+            return false;
+        }
+        if self.chance(2) {
+            able.reverse();
+        }
+        for name in able.iter().take(k as usize) {
+            let m = self.member(name.as_str());
+            if let Pg::Standby { timeline: at, history: theirs, replayed, .. } = &mut m.pg {
+                (*at, *theirs, *replayed) = (timeline, history.clone(), flushed);
+            }
         }
         true
     }
@@ -937,6 +1032,17 @@ impl Member {
         (self.armed, self.fence) = (None, None);
     }
 
+    fn storage(&self, now: Moment) -> Storage {
+        let probe = match self.stalled {
+            Some(since) => Probe::Waiting { since },
+            None => Probe::Works { at: now, latency_ms: 1 },
+        };
+        let free_bytes = if self.full { 1 << 20 } else { 100 << 30 };
+        let space = Some(Space { free_bytes, total_bytes: 200 << 30 });
+        let disk = Disk { path: "/data".to_owned(), probe, space };
+        Storage { places: BTreeMap::from([(Place::Data, disk)]), ..Storage::default() }
+    }
+
     fn keep_lease(&mut self, term: pgvigil::core::timeline::Term, revision: i64) {
         (self.kept, self.memory.kept_revision) = (Some(revision), Some(revision));
         if self.lease.term() != Some(term) {
@@ -995,5 +1101,5 @@ fn present(timeline: u32) -> DataDirectory {
 }
 
 fn all_slots(me: &Me) -> BTreeMap<String, Option<Lsn>> {
-    me.configured.iter().filter(|n| **n != me.id.name).map(|n| (n.slot(), None)).collect()
+    me.configured.iter().filter(|n| **n != me.id.name).map(|n| (n.slot(), Some(Lsn(1)))).collect()
 }

@@ -219,6 +219,9 @@ pub fn clone_plan(facts: &Facts<'_>, set_aside: Option<String>, because: &str) -
             format!("{because}; the address of {} is not known yet", leader.value.holder.name),
         );
     };
+    if let Err(why) = super::storage::room_for_copy(facts) {
+        return Plan::new("clone.no_room", format!("{because}; not copied: {why}"));
+    }
     let reason = format!("{because}: copying from {}", from.member);
     let mut plan = Plan::new("clone", reason);
     if let Some(why) = set_aside {

@@ -3,23 +3,29 @@
 use std::collections::BTreeSet;
 
 use super::Facts;
-use super::electing::streams;
 use crate::core::election::list;
+use crate::core::followers::{flushed, streams};
 use crate::core::names::{MemberId, MemberName};
 use crate::core::plan::{Plan, Step, parse_walreceiver_name};
 use crate::core::records::{Durability, Key, Keyed, LeaderRecord, Membership, SyncClaim, Transaction, Write};
+use crate::core::storage;
 use crate::core::sync_set::{Transition, Wanted, next, rule_of};
-use crate::core::view::PrimaryFacts;
+use crate::core::time::Moment;
+use crate::core::view::{PrimaryFacts, View};
 
 /// A standby that is this far behind has not caught up, and would stall commits if it were waited for.
 const CAUGHT_UP_BYTES: u64 = 1 << 20;
 
 pub fn plan(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -> Plan {
-    doubled(primary)
+    let mut plan = doubled(primary)
         .or_else(|| membership(facts, mine))
         .or_else(|| sync(facts, mine, primary))
         .or_else(|| slots(facts, primary))
-        .unwrap_or_else(|| leading(facts, mine, primary))
+        .or_else(|| slot_bound(facts, primary))
+        .unwrap_or_else(|| leading(facts, mine, primary));
+    // A member that does not acknowledge leaves at its time, not at the next heartbeat.
+    plan.wake = plan.wake.or_else(|| stall_ends(facts.view));
+    plan
 }
 
 /// A second row of the same name would vote twice (protocol §4).
@@ -73,9 +79,6 @@ pub fn wanted(facts: &Facts<'_>, claim: &SyncClaim, primary: &PrimaryFacts) -> W
     if view.policy.durability == Durability::Async {
         return Wanted { mode: Durability::Async, members: BTreeSet::new(), k: 0 };
     }
-    let stalled_for_long = |name: &MemberName| {
-        view.memory.stalled.get(name).is_some_and(|since| view.now.since(*since) >= view.policy.max_stall)
-    };
     let allowed = facts.records.membership.value().map(|m| &m.members);
     let mut members: BTreeSet<MemberId> = BTreeSet::new();
     for (name, record) in &facts.records.members {
@@ -84,12 +87,21 @@ pub fn wanted(facts: &Facts<'_>, claim: &SyncClaim, primary: &PrimaryFacts) -> W
         }
         let id = MemberId { name: name.clone(), incarnation: record.value.incarnation };
         if claim.members.contains(&id) {
-            if !stalled_for_long(name) {
+            if !stalled_for_long(view, name) {
                 members.insert(id);
             }
-        } else if streams(primary, &id, term) && caught_up(primary, &id) {
+        } else if streams(primary, &id, term)
+            && caught_up(primary, &id)
+            && view.memory.may_return(&id, &view.policy, view.now)
+        {
             members.insert(id);
         }
+    }
+    // A member without room or with a failing disk is about to stop acknowledging: it goes while others are enough.
+    let able =
+        |id: &MemberId| facts.records.members.get(&id.name).is_some_and(|m| m.value.storage.hindrance().is_none());
+    if members.iter().filter(|id| able(id)).count() as u32 >= view.policy.k {
+        members.retain(able);
     }
     let enough = (members.len() as u32).min(view.policy.k);
     let mode = view.policy.durability;
@@ -106,10 +118,7 @@ pub fn wanted(facts: &Facts<'_>, claim: &SyncClaim, primary: &PrimaryFacts) -> W
 }
 
 fn caught_up(primary: &PrimaryFacts, id: &MemberId) -> bool {
-    primary.replicas.iter().any(|r| {
-        parse_walreceiver_name(&r.application_name).is_some_and(|(found, _)| found == *id)
-            && r.flushed.is_some_and(|f| f.bytes_to(primary.flushed) <= CAUGHT_UP_BYTES)
-    })
+    flushed(primary, id).is_some_and(|at| at.bytes_to(primary.flushed) <= CAUGHT_UP_BYTES)
 }
 
 fn sync(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -> Option<Plan> {
@@ -159,6 +168,12 @@ fn sync(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -
         _ => None,
     };
     let Some(in_force) = in_force else {
+        if let Some(fewer) = fewer(facts, &claim.value) {
+            // Whatever is in force satisfies the claim, and so a lower k of the same members. Enforcing the claim as it
+            // stands would wait for ever for those who do not acknowledge.
+            let reason = format!("{}: publishing it before the rule is settled", describe(&fewer));
+            return Some(Plan::new("leader.sync_fewer", reason).step(publish(facts, mine, claim.revision, fewer)));
+        }
         let to = rule_of(&claim.value.members, claim.value.k, term);
         return Some(
             Plan::new(
@@ -173,22 +188,42 @@ fn sync(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, primary: &PrimaryFacts) -
         Transition::Settled => None,
         Transition::Publish(claim_next) => {
             let reason = format!("{}: publishing it first", describe(&claim_next));
-            Some(
-                Plan::new("leader.sync_publish", reason).step(
-                    facts.commit(
-                        "publish the claim",
-                        Transaction::when(Key::Leader, mine.revision)
-                            .and(Key::Sync, claim.revision)
-                            .put(Write::Sync(claim_next)),
-                    ),
-                ),
-            )
+            Some(Plan::new("leader.sync_publish", reason).step(publish(facts, mine, claim.revision, claim_next)))
         }
         Transition::Enforce(rule) => {
             let reason = format!("putting `{rule}` into force");
             Some(Plan::new("leader.sync_enforce", reason).step(Step::Enforce { from: Some(in_force), to: rule }))
         }
     }
+}
+
+fn publish(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, revision: i64, claim: SyncClaim) -> Step {
+    let transaction = Transaction::when(Key::Leader, mine.revision).and(Key::Sync, revision).put(Write::Sync(claim));
+    facts.commit("publish the claim", transaction)
+}
+
+/// The claim with as many acknowledgements as can come now, when it asks for more. `strict` waits.
+fn fewer(facts: &Facts<'_>, claim: &SyncClaim) -> Option<SyncClaim> {
+    let view = facts.view;
+    let acknowledging = claim.members.iter().filter(|id| !stalled_for_long(view, &id.name)).count() as u32;
+    if acknowledging >= claim.k || claim.mode == Durability::Strict {
+        return None;
+    }
+    let mut fewer = SyncClaim { k: acknowledging, ..claim.clone() };
+    if fewer.k == 0 {
+        fewer.members.clear();
+    }
+    Some(fewer)
+}
+
+fn stalled_for_long(view: &View, name: &MemberName) -> bool {
+    view.memory.stalled.get(name).is_some_and(|since| view.now.since(*since) >= view.policy.max_stall)
+}
+
+/// When the next member of the set will have been silent for too long.
+fn stall_ends(view: &View) -> Option<Moment> {
+    let ends = view.memory.stalled.values().map(|since| since.plus(view.policy.max_stall));
+    ends.filter(|at| !view.now.all_reached(*at)).min_by_key(|at| at.boottime)
 }
 
 /// What an acknowledged commit is worth, in words.
@@ -208,6 +243,12 @@ fn slots(facts: &Facts<'_>, primary: &PrimaryFacts) -> Option<Plan> {
     let members = slot_members(facts);
     let present: BTreeSet<&String> = primary.slots.keys().collect();
     let wanted: BTreeSet<String> = members.iter().map(|(name, _)| name.slot()).collect();
+    // A slot that has lost its WAL keeps nothing: it is made anew, and its member cloned when it asks in vain.
+    let lost: Vec<&String> = wanted.iter().filter(|slot| primary.slots.get(*slot) == Some(&None)).collect();
+    if let [slot, ..] = lost.as_slice() {
+        let reason = format!("slot {slot} has lost its WAL (its member stayed away for too long): making it anew");
+        return Some(Plan::new("leader.slot_lost", reason).step(Step::KeepSlots { members }));
+    }
     if wanted.iter().all(|slot| present.contains(slot))
         && present.iter().all(|slot| !slot.starts_with("pgvigil_") || wanted.contains(*slot))
     {
@@ -217,6 +258,23 @@ fn slots(facts: &Facts<'_>, primary: &PrimaryFacts) -> Option<Plan> {
         Plan::new("leader.slots", "making the replication slots match the membership")
             .step(Step::KeepSlots { members }),
     )
+}
+
+/// What slots keep is bounded by the free disk: a member that stays away must not fill the disk of the one that works.
+fn slot_bound(facts: &Facts<'_>, primary: &PrimaryFacts) -> Option<Plan> {
+    let view = facts.view;
+    let wanted = storage::slot_bound(view.local.storage.wal_free().filter(|_| view.policy.storage.bound_slots)?);
+    // Moved by leaps only: it stands in a file that is written anew.
+    let present = primary.slot_bound?;
+    if present / 4 < wanted && wanted < present.saturating_mul(4) {
+        return None;
+    }
+    let reason = format!(
+        "slots may keep {} of WAL, and the free disk allows {}: writing that",
+        storage::megabytes(present),
+        storage::megabytes(wanted)
+    );
+    Some(Plan::new("leader.slot_bound", reason).step(Step::Reload))
 }
 
 /// The members whose slots this one keeps, with what each is known to have.

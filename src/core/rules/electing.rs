@@ -5,14 +5,14 @@ use std::collections::BTreeSet;
 use super::sealing::seal;
 use super::{Facts, copying, seconds};
 use crate::core::election::{Elected, Verdict, judge, list};
+use crate::core::followers::acknowledges;
 use crate::core::names::{MemberId, MemberName};
-use crate::core::plan::{Plan, PromoteOrder, Step, SyncRule, parse_walreceiver_name};
+use crate::core::plan::{Plan, PromoteOrder, Step, SyncRule};
 use crate::core::records::{
     Durability, HistoryRecord, Key, Keyed, LeaderRecord, LeaderState, Published, SyncClaim, TimelineReservation,
     Transaction, Winner, Write,
 };
 use crate::core::sync_set::rule_of;
-use crate::core::timeline::Term;
 use crate::core::view::{LocalPostgres, PrimaryFacts, View};
 
 pub fn rule(view: &View) -> Option<Plan> {
@@ -259,7 +259,8 @@ fn open(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, winner: &Winner, primary:
     if view.memory.enforced.as_ref() == Some(&target) {
         return publish(facts, mine, winner, claim, others);
     }
-    let followers = others.iter().filter(|id| streams(primary, id, term)).count() as u32;
+    // One that streams and stands still would only let the barrier fail again and again.
+    let followers = others.iter().filter(|id| acknowledges(view, primary, id, term)).count() as u32;
     if followers >= claim.value.k {
         let from = view.memory.enforced.clone().or(Some(SyncRule::Nobody));
         return Plan::new(
@@ -348,11 +349,4 @@ fn describe_change(record: &LeaderRecord, forced: bool) -> String {
         None => "cluster created".to_owned(),
         Some(last) => format!("after {} (term {})", last.member.name, last.term),
     }
-}
-
-/// Does `id` stream from here under this term? A walreceiver of another term counts for nothing.
-pub fn streams(primary: &PrimaryFacts, id: &MemberId, term: Term) -> bool {
-    primary.replicas.iter().any(|replica| {
-        replica.state == "streaming" && parse_walreceiver_name(&replica.application_name) == Some((id.clone(), term))
-    })
 }

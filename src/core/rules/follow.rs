@@ -8,6 +8,7 @@ use crate::core::outlook::outlook;
 use crate::core::plan::{Plan, Step};
 use crate::core::records::{LeaderRecord, LeaderState, Operation, Outcome};
 use crate::core::silence::{WayB, way_b};
+use crate::core::storage::aside_within_budget;
 use crate::core::timeline::{History, Term, TimelineId};
 use crate::core::view::{DataDirectory, LocalPostgres, Receiver, StandbyFacts, View};
 
@@ -111,6 +112,16 @@ fn starting(facts: &Facts<'_>, why: &str, upstream: &MemberName, term: Term) -> 
 
 fn start(facts: &Facts<'_>, failures: usize, upstream: &MemberName, term: Term) -> Plan {
     let view = facts.view;
+    if super::storage::not_to_start(view).is_some() {
+        return Plan::new("follow.stalled", "PostgreSQL is not started on a disk that takes no writes");
+    }
+    if crate::core::storage::full(view).is_some() {
+        // The reason says what is missing (`storage::remark`). Started again and again it would only fail the same way.
+        return Plan::new(
+            "follow.full",
+            "PostgreSQL is not started on a full disk; it starts by itself when there is room",
+        );
+    }
     let limit = view.policy.crash_max_restarts as usize;
     if failures > limit {
         return Plan::new(
@@ -259,6 +270,10 @@ fn diverged(facts: &Facts<'_>, record: &LeaderRecord, timeline: TimelineId, why:
     if record.state != LeaderState::Held {
         return Plan::new("follow.diverged", format!("{why}; waiting for the new leader to be settled"));
     }
+    if crate::core::storage::full(view).is_some() {
+        // Both need room, and failing at it would cost the data that are here.
+        return Plan::new("follow.full", format!("{why}; neither rewound nor cloned on a full disk"));
+    }
     if let Some(after) = view.memory.retry_after
         && !view.now.any_reached(after)
     {
@@ -296,15 +311,19 @@ fn reclone(facts: &Facts<'_>, because: String) -> Plan {
             format!("{because}; the leader is silent, so the data stay where they are"),
         );
     }
-    if facts.view.memory.rejoin_failures >= REJOIN_ATTEMPTS {
+    let memory = &facts.view.memory;
+    if memory.rejoin_failures >= REJOIN_ATTEMPTS || memory.copies >= REJOIN_ATTEMPTS {
         return Plan::new(
             "follow.ask",
             format!(
                 "{because}; {} attempts failed, nothing more is tried: look at the log, then `pgvigil reinit {}`",
-                facts.view.memory.rejoin_failures,
+                memory.rejoin_failures.max(memory.copies),
                 facts.me().name
             ),
         );
+    }
+    if let Err(why) = room(facts) {
+        return Plan::new("follow.no_room", format!("{because}; not cloned anew: {why}"));
     }
     let running = !matches!(facts.view.local.postgres, LocalPostgres::Down);
     if running {
@@ -313,6 +332,12 @@ fn reclone(facts: &Facts<'_>, because: String) -> Plan {
             .step(Step::SetAside { why: because });
     }
     bootstrap::clone_plan(facts, Some(because.clone()), &because)
+}
+
+/// Room for a copy of the leader's data beside ours, which stay (S5), and for ours within the budget.
+fn room(facts: &Facts<'_>) -> Result<(), String> {
+    aside_within_budget(facts.view)?;
+    super::storage::room_for_copy(facts)
 }
 
 fn asked(facts: &Facts<'_>, record: &LeaderRecord) -> Option<Plan> {
@@ -333,6 +358,11 @@ fn asked(facts: &Facts<'_>, record: &LeaderRecord) -> Option<Plan> {
                 }),
         ),
         Operation::Reinit { .. } if record.state == LeaderState::Held && leader_speaks(facts) => {
+            if let Err(why) = room(facts) {
+                let outcome = Outcome::Refused { message: why.clone() };
+                let finish = Step::FinishRequest { id: request.id.clone(), outcome };
+                return Some(Plan::new("follow.request", format!("reinit refused: {why}")).step(finish));
+            }
             let why = format!("asked by {}", request.asked_by);
             let mut plan = Plan::new("follow.reinit", format!("{why}: setting the data aside and cloning anew"));
             if !matches!(facts.view.local.postgres, LocalPostgres::Down) {

@@ -153,13 +153,13 @@ fn in_place(facts: &Facts<'_>, mine: &Keyed<LeaderRecord>, term: Term, what: &st
 }
 
 /// A standby that streamed when PostgreSQL was last seen here, and whose agent speaks. Its seal judges its position.
-fn ready_standby(facts: &Facts<'_>) -> Option<MemberName> {
+pub fn ready_standby(facts: &Facts<'_>) -> Option<MemberName> {
     let view = facts.view;
     let claim = facts.records.sync.value()?;
     let ready = |name: &MemberName, last_seen: Moment| {
-        let tags = facts.records.members.get(name).map(|m| &m.value.tags);
+        let record = facts.records.members.get(name).map(|m| &m.value);
         *name != facts.me().name
-            && tags.is_some_and(|tags| tags.may_lead())
+            && record.is_some_and(|record| record.tags.may_lead() && record.storage.hindrance().is_none())
             && facts.is_there(name)
             && view.now.since(last_seen) < READY_WITHIN
             && (claim.mode == Durability::Async || claim.members.iter().any(|id| id.name == *name))
@@ -258,6 +258,8 @@ pub fn best_standby(
             no("has the tag nofailover (or failover_priority 0)".to_owned());
         } else if !facts.is_there(name) {
             no("its agent does not speak".to_owned());
+        } else if let Some(why) = member.value.storage.hindrance() {
+            no(why.clone());
         } else if claim.mode != Durability::Async && !claim.members.contains(&id) {
             no("is not in the synchronous set".to_owned());
         } else if lag > facts.view.policy.max_lag {

@@ -11,6 +11,7 @@ pub mod leader;
 pub mod reattach;
 pub mod sealing;
 pub mod stopping;
+pub mod storage;
 pub mod superseded;
 pub mod takeover;
 pub mod unknown;
@@ -90,7 +91,7 @@ impl<'a> Facts<'a> {
     /// The step that starts PostgreSQL following nobody, when it is down and may be started.
     pub fn start_parked(&self) -> Option<Step> {
         // Copied or rewound data would wait for ever for WAL that only a leader has.
-        let parks = !self.view.memory.durable.must_follow;
+        let parks = !self.view.memory.durable.must_follow && storage::not_to_start(self.view).is_none();
         (parks && matches!(self.view.local.postgres, LocalPostgres::Down)).then_some(Step::Start { follow: None })
     }
 

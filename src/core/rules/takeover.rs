@@ -39,6 +39,9 @@ pub fn rule(view: &View) -> Option<Plan> {
     if view.me.tags.nofailover || view.me.tags.failover_priority == 0 {
         return wait("this member is tagged nofailover and does not stand".to_owned());
     }
+    if super::storage::not_to_lead(view).is_some() {
+        return wait("this member does not stand".to_owned());
+    }
     let limit = view.policy.crash_max_restarts as usize;
     if view.memory.crashes.len() > limit {
         return Some(Plan::new(
@@ -163,6 +166,8 @@ fn vacancy(facts: &Facts<'_>, record: &LeaderRecord) -> Vacancy {
                 return Vacancy::Open { why, preferred: asked_for(facts), way: Way::A };
             }
             match silence::way_b(facts) {
+                // Without clocks nothing but enough seals says that the old leader acknowledges no more: force wants W.
+                WayB::Open { .. } if facts.records.forced().is_some() => Vacancy::Occupied,
                 WayB::Open { why } => {
                     let why = format!("{why} under term {term}");
                     Vacancy::Open { why, preferred: asked_for(facts), way: Way::B }

@@ -16,6 +16,7 @@ pub fn store(view: &View) -> Option<Plan> {
         && matches!(view.local.data, DataDirectory::Present { .. })
         && !view.memory.durable.must_follow
         && !view.stopping
+        && super::storage::not_to_start(view).is_none()
     {
         plan = plan.step(Step::Start { follow: None });
     }

@@ -88,6 +88,7 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         overtaken: Some(Term(3)),
         rule: "follow".to_owned(),
         reason: "follows node-b under term 5".to_owned(),
+        storage: StorageSummary { free_bytes: Some(5), ..Default::default() },
         beat: 77,
         witness: true,
         kept: vec![KeptWal {
@@ -103,8 +104,8 @@ fn golden() -> Vec<(Write, &'static str, Value)> {
         "api_url": "http://10.0.0.1:8008", "endpoint": null, "tags": tags_wire.clone(), "postgres_version": 150018, "agent_version": "0.1.0",
         "pending_restart": false,
         "job": {"what": "clone from node-b", "done_bytes": 1, "total_bytes": "18446744073709551615"},
-        "overtaken": 3, "rule": "follow", "reason": "follows node-b under term 5", "beat": 77, "witness": true,
-        "kept": [{"timeline": 2, "left_at": "0/3000000", "transactions": 3, "directory": "/d"}]});
+        "overtaken": 3, "rule": "follow", "reason": "follows node-b under term 5", "storage": {"trouble": null, "full": null, "free_bytes": 5, "data_bytes": null}, "beat": 77, "witness": true,
+         "kept": [{"timeline": 2, "left_at": "0/3000000", "transactions": 3, "directory": "/d"}]});
     let request = |what, outcome| {
         Write::Request(Request {
             id: "r-1".to_owned(),

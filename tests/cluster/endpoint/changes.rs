@@ -179,7 +179,12 @@ async fn a_router_finds_the_primary_through_changes_and_restarts() {
             .unwrap()
     };
     let mut running = router();
-    let at = || vec![pgvigil::demo::writer::Address { member: "router".to_owned(), at: ([127, 0, 0, 1], port).into() }];
+    let at = || {
+        vec![pgvigil::demo::writer::Address {
+            member: "router".to_owned(),
+            at: std::net::SocketAddr::from(([127, 0, 0, 1], port)),
+        }]
+    };
     let mut writer = Writer::start(at(), &Login::app(), &cluster.ids, 3);
     writes(&writer).await;
     cluster.kill_postmaster(primary).unwrap();

@@ -15,6 +15,7 @@ use pgvigil::core::lease::{Takeover, Timings};
 use pgvigil::core::names::{ClusterName, Incarnation, MemberId, MemberName};
 use pgvigil::core::plan::{Follow, PromoteOrder, Source, SyncRule, walreceiver_name};
 use pgvigil::core::records::{Durability, Tags};
+use pgvigil::core::storage::StoragePolicy;
 use pgvigil::core::timeline::{Term, TimelineId};
 use pgvigil::core::view::{Guard, GuardState, LocalPostgres, Policy, PrimaryFacts, Receiver, StandbyFacts};
 use pgvigil::ports::{self, Launch, Postgres, PostgresError, Promotion, StartMode};
@@ -129,6 +130,7 @@ impl Cluster {
                 member_publish: ms(3000),
                 rejoin_timeout: Duration::from_secs(60),
                 reclone: true,
+                storage: StoragePolicy::default(),
                 takeover: Takeover::default(),
                 cold_start_wait: Duration::from_secs(60),
             },

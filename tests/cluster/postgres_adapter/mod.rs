@@ -27,16 +27,16 @@ async fn a_cluster_is_made_fails_over_and_takes_the_old_leader_back() {
     }
     let cluster = Cluster::new(&["node-a", "node-b"]);
     let (mut a, mut b) = (cluster.member("node-a"), cluster.member("node-b"));
-    assert_eq!(a.server.data_directory().await, DataDirectory::Empty);
+    assert_eq!(a.server.data_directory(SOON).await, DataDirectory::Empty);
     assert_eq!(a.observe().await, LocalPostgres::Down);
 
     let now = Instant::now();
     let system_identifier = a.server.bootstrap().await.unwrap();
     took("bootstrap", now);
     let DataDirectory::Present { system_identifier: found, cleanly_stopped, version, .. } =
-        a.server.data_directory().await
+        a.server.data_directory(SOON).await
     else {
-        panic!("{:?}", a.server.data_directory().await)
+        panic!("{:?}", a.server.data_directory(SOON).await)
     };
     assert_eq!((found, cleanly_stopped), (system_identifier, true));
     assert!((14..=18).contains(&version));
@@ -73,7 +73,7 @@ async fn a_cluster_is_made_fails_over_and_takes_the_old_leader_back() {
     took("clone and stream", now);
     assert_eq!(b.standby().await.follows, Some(a.followed_by(&b, 1)));
     assert_eq!(
-        b.server.data_directory().await,
+        b.server.data_directory(SOON).await,
         DataDirectory::Present {
             system_identifier,
             checkpoint_timeline: TimelineId(2),
@@ -243,7 +243,7 @@ async fn a_parked_start_reads_the_wal_of_a_timeline_that_the_control_file_does_n
     let acknowledged = b.primary().await.flushed;
     c.crash();
     b.crash();
-    let DataDirectory::Present { checkpoint_timeline, .. } = c.server.data_directory().await else { panic!() };
+    let DataDirectory::Present { checkpoint_timeline, .. } = c.server.data_directory(SOON).await else { panic!() };
     assert_eq!(checkpoint_timeline, TimelineId(2), "the premise: no restartpoint since the switch");
 
     // What `current` would make of it: it stops at the switch, without the commit. This is why it is not used.
@@ -523,11 +523,11 @@ async fn finding_20_any_start_is_in_recovery_and_leftovers_are_refused() {
     std::fs::remove_file(a.data_dir().join("recovery.signal")).unwrap();
 
     std::fs::write(a.config.state_dir.join("unfinished"), "clone").unwrap();
-    assert_eq!(a.server.data_directory().await, DataDirectory::Unfinished { what: "clone".into() });
+    assert_eq!(a.server.data_directory(SOON).await, DataDirectory::Unfinished { what: "clone".into() });
     assert!(a.server.prepare_start(&StartMode::Parked).await.is_err());
     let aside = a.server.set_aside("a clone was interrupted").await.unwrap();
     assert!(aside.join("PG_VERSION").exists());
-    assert_eq!(a.server.data_directory().await, DataDirectory::Empty);
+    assert_eq!(a.server.data_directory(SOON).await, DataDirectory::Empty);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -539,7 +539,7 @@ async fn a_foreign_directory_is_not_touched() {
     let a = cluster.member("node-a");
     std::fs::create_dir(a.data_dir()).unwrap();
     std::fs::write(a.data_dir().join("somebody's"), "work").unwrap();
-    assert!(matches!(a.server.data_directory().await, DataDirectory::Foreign { .. }));
+    assert!(matches!(a.server.data_directory(SOON).await, DataDirectory::Foreign { .. }));
     let (progress, _) = tokio::sync::watch::channel((None, None));
     let results = [
         a.server.bootstrap().await.map(|_| ()),
@@ -615,4 +615,25 @@ async fn a_server_filled_by_clients_is_still_sealed() {
     a.server.seal(LONG).await.unwrap();
     a.promote(2).await;
     a.enforce(Some(&SyncRule::Nobody), &SyncRule::Cleared).await.unwrap();
+}
+
+/// A read that hangs makes the directory unknown, in time, and holds up nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_directory_whose_disk_hangs_is_unknown() {
+    if skipped() {
+        return;
+    }
+    let cluster = Cluster::new(&["node-a"]);
+    let a = cluster.member("node-a");
+    let data = a.data_dir().to_owned();
+    std::fs::create_dir_all(data.join("global")).unwrap();
+    std::fs::write(data.join("PG_VERSION"), "15\n").unwrap();
+    // Opening it waits until somebody writes.
+    nix::unistd::mkfifo(&data.join("global/pg_control"), nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    for _ in 0..3 {
+        let asked = Instant::now();
+        let found = a.server.data_directory(SOON).await;
+        assert!(matches!(&found, DataDirectory::Unknown { why } if why.contains("hangs")), "{found:?}");
+        assert!(asked.elapsed() < 3 * SOON, "{:?}", asked.elapsed());
+    }
 }

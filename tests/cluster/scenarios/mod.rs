@@ -4,11 +4,13 @@
 mod bad_input;
 mod cold_start;
 mod commands;
+mod disks;
 mod durability;
 mod lifecycle;
 mod rejoin;
 mod store;
 mod tags;
+mod takeover;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
