@@ -12,6 +12,7 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::front::door::DoorSettings;
@@ -27,6 +28,8 @@ use crate::guardian::now;
 const CALM: Duration = Duration::from_millis(500);
 const URGENT: Duration = Duration::from_millis(50);
 const ANSWER: Duration = Duration::from_secs(1);
+/// A few hundred bytes, into the page cache.
+const KEEP_EVERY: Duration = Duration::from_secs(1);
 
 pub fn run(config: RouterConfig) -> anyhow::Result<()> {
     crate::telemetry::init(&config.log)?;
@@ -66,6 +69,7 @@ async fn serve(config: RouterConfig) -> anyhow::Result<()> {
     }
     drop(answers_tx);
     info!(name = config.name, listen = ?config.endpoint.listen, members = ?config.members, "router started");
+    let mut kept: Option<Instant> = None;
     // All arms are cancel-safe.
     loop {
         tokio::select! {
@@ -73,8 +77,13 @@ async fn serve(config: RouterConfig) -> anyhow::Result<()> {
                 let Some(routing) = answer else { break };
                 if let Some(chosen) = better(best.as_ref(), routing, moment()) {
                     let news = best.as_ref().is_none_or(|before| before.write != chosen.write || before.term != chosen.term);
-                    if news && let Some(path) = &config.state_file && let Err(error) = keep(path, boot.trim(), &chosen) {
-                        warn!(%error, path = %path.display(), "the route is not kept over a restart");
+                    // Also while nothing changes: what is kept has to be valid for long enough to be of use.
+                    let due = kept.is_none_or(|at: Instant| at.elapsed() >= KEEP_EVERY);
+                    if let Some(path) = config.state_file.as_ref().filter(|_| news || due) {
+                        if let Err(error) = keep(path, boot.trim(), &chosen) {
+                            warn!(%error, path = %path.display(), "the route is not kept over a restart");
+                        }
+                        kept = Some(Instant::now());
                     }
                     routes.publish(chosen.clone());
                     best = Some(chosen);

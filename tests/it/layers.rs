@@ -22,7 +22,6 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("storage", &["ports", "config", "core", "guardian"]),
     ("peers", &["ports", "config", "core"]),
     ("agent", &["ports", "config", "core"]),
-    ("endpoint", &["ports", "config", "core"]),
     ("api", &["ports", "config", "core", "agent::status"]),
     // The agent's side reads what the agent publishes; the gate reads the guardian's page; the router asks agents.
     ("endpoint", &["ports", "config", "core", "client", "agent::status", "guardian", "telemetry"]),

@@ -65,7 +65,6 @@ async fn agent(token: Option<&str>) -> Agent {
         clock: clock.clone(),
     };
     let api = Api {
-        endpoint: watch::channel(None).1,
         config,
         cluster,
         status: published_status,

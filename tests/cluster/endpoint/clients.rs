@@ -126,7 +126,15 @@ async fn readers_are_served_by_standbys() {
     let (cluster, primary) = playing(options("direct = true")).await;
     let standby = (primary + 1) % 3;
     for member in [primary, standby] {
-        let session = sql::connect(cluster.members[member].read_only_port, &Login::app(), PATIENCE).await.unwrap();
+        let begun = std::time::Instant::now();
+        let session = loop {
+            // The standby may not have replayed yet that the database was made.
+            match sql::connect(cluster.members[member].read_only_port, &Login::app(), PATIENCE).await {
+                Ok(session) => break session,
+                Err(why) => assert!(why.contains("3D000") && begun.elapsed() < PATIENCE, "{why}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
         assert!(session.query_one("SELECT pg_is_in_recovery()", &[]).await.unwrap().get::<_, bool>(0), "{member}");
         let refused = session.execute("INSERT INTO writes (id, client) VALUES (1, 1)", &[]).await;
         assert_eq!(refused.unwrap_err().code().unwrap().code(), "25006", "PostgreSQL's own word");
