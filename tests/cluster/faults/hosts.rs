@@ -62,7 +62,10 @@ pub fn impossible() -> Option<String> {
         .filter(|program| find(program).is_none())
         .collect();
     if !missing.is_empty() {
-        return Some(format!("not installed: {} (Debian: iproute2 nftables util-linux e2fsprogs etcd-client)", missing.join(", ")));
+        return Some(format!(
+            "not installed: {} (Debian: iproute2 nftables util-linux e2fsprogs etcd-client)",
+            missing.join(", ")
+        ));
     }
     for group in [FREEZER, PIDS] {
         if !PathBuf::from(group).join("tasks").exists() {
@@ -120,17 +123,23 @@ impl Hosts {
              addr add {}/24 dev {runner}\nlink set {runner} up\n",
             self.at(RUNNER)
         );
-        let mut ports = "link add bridge type bridge\nlink set bridge up\nlink set runner master bridge up\n".to_owned();
+        let mut ports =
+            "link add bridge type bridge\nlink set bridge up\nlink set runner master bridge up\n".to_owned();
         for (name, last) in &self.addresses {
             let space = self.space(name);
-            let _ = write!(batch, "netns add {space}\nlink add eth0 netns {space} type veth peer name port{last} netns {switch}\n");
+            let _ = write!(
+                batch,
+                "netns add {space}\nlink add eth0 netns {space} type veth peer name port{last} netns {switch}\n"
+            );
             let _ = writeln!(ports, "link set port{last} master bridge up");
         }
         run("ip", &["-batch", "-"], &batch)?;
         run("ip", &["-n", &switch, "-batch", "-"], &ports)?;
         for (name, last) in &self.addresses {
             let (own, published) = (self.at(*last), self.at(last + PUBLISHED));
-            let batch = format!("addr add {own}/24 dev eth0\naddr add {published}/24 dev eth0\nlink set eth0 up\nlink set lo up\n");
+            let batch = format!(
+                "addr add {own}/24 dev eth0\naddr add {published}/24 dev eth0\nlink set eth0 up\nlink set lo up\n"
+            );
             run("ip", &["-n", &self.space(name), "-batch", "-"], &batch)?;
             for group in [FREEZER, PIDS] {
                 let group = format!("{group}/{}", self.space(name));
@@ -281,22 +290,34 @@ fn filter(rules: &[Rule], runner: Ipv4Addr, own: Ipv4Addr, published: Ipv4Addr) 
                 Rule::Clients { .. } => writeln!(text, "    ip {here} {published} drop"),
                 Rule::Drop { peers, port, .. } => {
                     let peers: Vec<String> = peers.iter().map(Ipv4Addr::to_string).collect();
-                    let whom = if peers.is_empty() { String::new() } else { format!("ip {there} {{ {} }} ", peers.join(", ")) };
+                    let whom = if peers.is_empty() {
+                        String::new()
+                    } else {
+                        format!("ip {there} {{ {} }} ", peers.join(", "))
+                    };
                     match port {
                         None => writeln!(text, "    {whom}drop"),
-                        Some(port) => writeln!(text, "    {whom}tcp sport {port} drop\n    {whom}tcp dport {port} drop"),
+                        Some(port) => {
+                            writeln!(text, "    {whom}tcp sport {port} drop\n    {whom}tcp dport {port} drop")
+                        }
                     }
                 }
                 Rule::Loss { percent } => writeln!(text, "    numgen random mod 100 < {percent} drop"),
                 Rule::LongerThan { .. } if incoming => Ok(()),
                 Rule::LongerThan { bytes } => writeln!(text, "    meta length > {bytes} drop"),
-                Rule::Rate { kbytes } => writeln!(text, "    limit rate over {kbytes} kbytes/second burst 64 kbytes drop"),
+                Rule::Rate { kbytes } => {
+                    writeln!(text, "    limit rate over {kbytes} kbytes/second burst 64 kbytes drop")
+                }
             };
         }
         text + "  }\n"
     };
     // Deleting a table that is not there is an error; making one that is there is none.
-    format!("table inet faults {{}}\ndelete table inet faults\ntable inet faults {{\n{}{}}}\n", chain(true), chain(false))
+    format!(
+        "table inet faults {{}}\ndelete table inet faults\ntable inet faults {{\n{}{}}}\n",
+        chain(true),
+        chain(false)
+    )
 }
 
 fn claim(number: u8) -> Option<(u8, UnixListener)> {

@@ -48,7 +48,9 @@ impl<'a> Play<'a> {
                 self.met.push((text.trim_start_matches("wait ").to_owned(), begun.elapsed()));
                 Ok(())
             }
-            Step::Hold { while_, for_ } => self.hold(while_.as_ref(), *for_).await.map_err(|why| format!("`{text}`: {why}")),
+            Step::Hold { while_, for_ } => {
+                self.hold(while_.as_ref(), *for_).await.map_err(|why| format!("`{text}`: {why}"))
+            }
             Step::Repeat { times, steps } => {
                 for _ in 0..*times {
                     for step in steps {
@@ -172,7 +174,13 @@ impl<'a> Play<'a> {
             }
             Step::Save(who) => {
                 for member in self.members(who).await? {
-                    self.stage.shell(member, "rm -rf saved && mkdir saved && cp -a pg/data saved/ && cp -a state saved/", None).await?;
+                    self.stage
+                        .shell(
+                            member,
+                            "rm -rf saved && mkdir saved && cp -a pg/data saved/ && cp -a state saved/",
+                            None,
+                        )
+                        .await?;
                 }
                 Ok(())
             }
@@ -304,7 +312,11 @@ impl<'a> Play<'a> {
         for target in self.targets(who).await? {
             match target {
                 Target::Member(index) => {
-                    self.stage.cluster.agent_gone(index, Duration::from_secs(5)).await.map_err(|error| error.to_string())?;
+                    self.stage
+                        .cluster
+                        .agent_gone(index, Duration::from_secs(5))
+                        .await
+                        .map_err(|error| error.to_string())?;
                     self.stage.cluster.start_agent(index)
                 }
                 Target::Store(index) => {
@@ -338,10 +350,8 @@ impl<'a> Play<'a> {
                     rules.push(Rule::Clients { incoming: *incoming });
                     continue;
                 }
-                let addresses: Vec<_> = peers
-                    .iter()
-                    .filter_map(|peer| self.stage.hosts.address(&self.stage.host_of(*peer)?))
-                    .collect();
+                let addresses: Vec<_> =
+                    peers.iter().filter_map(|peer| self.stage.hosts.address(&self.stage.host_of(*peer)?)).collect();
                 for port in self.ports(target, &peers, port) {
                     rules.push(Rule::Drop { peers: addresses.clone(), incoming: *incoming, port });
                 }
@@ -371,7 +381,8 @@ impl<'a> Play<'a> {
         for member in self.members(who).await? {
             let file = self.stage.disks[member].mounted.join(FILLER).display().to_string();
             // Blocks are reserved, not written: the last byte is gone in an instant.
-            let free = hosts::run("stat", &["-f", "-c", "%a %S", &self.stage.disks[member].mounted.to_string_lossy()], "")?;
+            let free =
+                hosts::run("stat", &["-f", "-c", "%a %S", &self.stage.disks[member].mounted.to_string_lossy()], "")?;
             let mut words = free.split_whitespace().filter_map(|word| word.parse::<u64>().ok());
             let bytes = words.next().unwrap_or(0) * words.next().unwrap_or(0);
             let _ = hosts::run("fallocate", &["-l", &bytes.max(4096).to_string(), &file], "");

@@ -119,14 +119,22 @@ type Turn = (Scenario, u64, bool);
 
 fn run(order: &Order, mut scenarios: Vec<Scenario>) -> ExitCode {
     scenarios.retain(|s| {
-        order.all || (order.ci && s.ci) || order.names.iter().any(|name| s.name.starts_with(name.trim_end_matches(".toml")))
+        order.all
+            || (order.ci && s.ci)
+            || order.names.iter().any(|name| s.name.starts_with(name.trim_end_matches(".toml")))
     });
     if order.not_yet {
         scenarios.iter_mut().for_each(|scenario| scenario.needs = None);
     }
     if order.list {
         for s in &scenarios {
-            println!("{:<40} {:?} {}{}", s.name, s.faults, s.title, s.skipped().map(|why| format!(" [{why}]")).unwrap_or_default());
+            println!(
+                "{:<40} {:?} {}{}",
+                s.name,
+                s.faults,
+                s.title,
+                s.skipped().map(|why| format!(" [{why}]")).unwrap_or_default()
+            );
         }
         return ExitCode::SUCCESS;
     }
@@ -233,7 +241,12 @@ fn report(order: &Order, outcomes: &[Outcome]) -> ExitCode {
     }
     println!();
     for outcome in outcomes.iter().filter(|outcome| outcome.result == Result_::Failed) {
-        println!("failed: {} (seed {}): {}", outcome.name, outcome.seed, outcome.problems.first().map_or("", String::as_str));
+        println!(
+            "failed: {} (seed {}): {}",
+            outcome.name,
+            outcome.seed,
+            outcome.problems.first().map_or("", String::as_str)
+        );
     }
     let acknowledged: usize = outcomes.iter().map(|outcome| outcome.acknowledged).sum();
     println!("{acknowledged} acknowledged appends were looked up");

@@ -107,7 +107,13 @@ impl Outcome {
         let met: Vec<String> = self.met.iter().map(|(what, ms)| format!("{what}: {:.1} s", ms / 1e3)).collect();
         let mut line = format!(
             "{verdict} {:<38} {:>5.1} s  outage {:>6.0} ms  {:<18} healed {:>4.1} s  {} acks  {}",
-            self.name, self.took_s, self.outage_ms, self.leader, self.healed_s, self.acknowledged, met.join(", ")
+            self.name,
+            self.took_s,
+            self.outage_ms,
+            self.leader,
+            self.healed_s,
+            self.acknowledged,
+            met.join(", ")
         );
         for problem in &self.problems {
             line.push_str(&format!("\n        {problem}"));
@@ -239,11 +245,21 @@ async fn expectations(stage: &mut Stage, scenario: &Scenario, before: &Before, p
         }
     };
     let name = |index: usize| stage.cluster.members[index].name.clone();
-    compare("primary", expect.primary, primary == before.primary, format!("{} → {}", name(before.primary), name(primary)));
+    compare(
+        "primary",
+        expect.primary,
+        primary == before.primary,
+        format!("{} → {}", name(before.primary), name(primary)),
+    );
     let term = stage.status(primary).await["leader"]["term"].as_u64();
     compare("term", expect.term, term == before.term, format!("{:?} → {term:?}", before.term));
     let postmaster = stage.cluster.members[before.primary].postmaster();
-    compare("postmaster", expect.postmaster, postmaster == before.postmaster, format!("{:?} → {postmaster:?}", before.postmaster));
+    compare(
+        "postmaster",
+        expect.postmaster,
+        postmaster == before.postmaster,
+        format!("{:?} → {postmaster:?}", before.postmaster),
+    );
     if let Some(most) = expect.outage
         && outcome.outage_ms > most.as_secs_f64() * 1e3
     {
@@ -261,7 +277,9 @@ async fn expectations(stage: &mut Stage, scenario: &Scenario, before: &Before, p
         }
     }
     // S5: what was a data directory is one still, in place or set aside.
-    let removed = |name: &str| scenario.steps.iter().any(|step| step.starts_with("remove ") && step.ends_with(" data")) || name.is_empty();
+    let removed = |name: &str| {
+        scenario.steps.iter().any(|step| step.starts_with("remove ") && step.ends_with(" data")) || name.is_empty()
+    };
     let may_reclone = expect.allow.iter().any(|what| what == "reclone");
     for (name, kept) in stage.replaced(before) {
         if !kept && !removed(&name) {

@@ -108,30 +108,66 @@ pub fn time(text: &str) -> Result<Duration, String> {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Step {
     /// kill, stop, continue, terminate, quit WHO [WHAT]
-    Signal { signal: nix::sys::signal::Signal, who: String, what: Option<String> },
+    Signal {
+        signal: nix::sys::signal::Signal,
+        who: String,
+        what: Option<String>,
+    },
     PowerOff(String),
     Start(String),
     /// Orderly, by SIGTERM to the agent; waits for its end.
     Leave(String),
     Freeze(String),
     Thaw(String),
-    Cut { who: String, from: Option<String>, way: Way, port: Option<Port> },
-    Lose { who: String, percent: u8 },
-    LongerThan { who: String, bytes: u16 },
-    Rate { who: String, kbytes: u32 },
+    Cut {
+        who: String,
+        from: Option<String>,
+        way: Way,
+        port: Option<Port>,
+    },
+    Lose {
+        who: String,
+        percent: u8,
+    },
+    LongerThan {
+        who: String,
+        bytes: u16,
+    },
+    Rate {
+        who: String,
+        kbytes: u32,
+    },
     Heal(String),
     FreezeDisk(String),
     ThawDisk(String),
     FillDisk(String),
     EmptyDisk(String),
-    LimitProcesses { who: String, more: u64 },
+    LimitProcesses {
+        who: String,
+        more: u64,
+    },
     /// garble, remove, truncate WHO PATH: below the member's directory, `data/…` is PGDATA, `*` the newest of several.
-    File { how: FileFault, who: String, path: String },
+    File {
+        how: FileFault,
+        who: String,
+        path: String,
+    },
     /// write WHO PATH TEXT
-    Write { who: String, path: String, text: String },
-    Sql { who: String, statement: String, how: SqlHow },
+    Write {
+        who: String,
+        path: String,
+        text: String,
+    },
+    Sql {
+        who: String,
+        statement: String,
+        how: SqlHow,
+    },
     EtcdDelete(String),
-    EtcdPut { key: String, text: String },
+    EtcdPut {
+        key: String,
+        text: String,
+    },
     EtcdWipe,
     EtcdSave,
     EtcdRestore,
@@ -142,11 +178,22 @@ pub enum Step {
     /// An empty etcd at the old addresses.
     EtcdReplace,
     /// flood WHO postgres|agents COUNT: connections that say nothing, until the end of the steps.
-    Flood { who: String, port: Port, count: usize },
+    Flood {
+        who: String,
+        port: Port,
+        count: usize,
+    },
     /// Runs beside the cluster until the steps are over.
-    Spawn { who: String, command: String },
+    Spawn {
+        who: String,
+        command: String,
+    },
     /// Has to succeed (`shell`), or to fail and say so (`fails WHO COMMAND => TEXT`).
-    Shell { who: String, command: String, fails: Option<String> },
+    Shell {
+        who: String,
+        command: String,
+        fails: Option<String>,
+    },
     /// Data and state of a member that is down, copied and put back.
     Save(String),
     Restore(String),
@@ -155,11 +202,25 @@ pub enum Step {
     Promote(String),
     /// A person gives the data of a member up.
     Reinit(String),
-    Switchover { to: Option<String> },
-    Refused { to: Option<String>, text: String },
-    Wait { until: Condition, within: Duration },
-    Hold { while_: Option<Condition>, for_: Duration },
-    Repeat { times: u32, steps: Vec<Step> },
+    Switchover {
+        to: Option<String>,
+    },
+    Refused {
+        to: Option<String>,
+        text: String,
+    },
+    Wait {
+        until: Condition,
+        within: Duration,
+    },
+    Hold {
+        while_: Option<Condition>,
+        for_: Duration,
+    },
+    Repeat {
+        times: u32,
+        steps: Vec<Step>,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -205,23 +266,45 @@ pub enum Condition {
     Writes,
     NoWrites,
     Healthy,
-    Says { who: String, text: String },
-    Down { who: String },
-    Gone { who: String, what: String },
-    Streams { who: String },
+    Says {
+        who: String,
+        text: String,
+    },
+    Down {
+        who: String,
+    },
+    Gone {
+        who: String,
+        what: String,
+    },
+    Streams {
+        who: String,
+    },
 }
 
 pub const ROLES: [&str; 9] =
     ["primary", "standby", "other", "standbys", "leader", "all", "everybody", "etcd", "clients"];
 const STORES: [&str; 6] = ["etcd-1", "etcd-2", "etcd-3", "etcd-leader", "etcd-follower", "etcd-majority"];
 pub const WHATS: [&str; 11] = [
-    "agent", "guardian", "postmaster", "backend", "walsender", "walreceiver", "startup", "checkpointer", "walwriter",
-    "postgres", "everything",
+    "agent",
+    "guardian",
+    "postmaster",
+    "backend",
+    "walsender",
+    "walreceiver",
+    "startup",
+    "checkpointer",
+    "walwriter",
+    "postgres",
+    "everything",
 ];
 
 fn who(text: &str) -> Result<String, String> {
-    let known = ROLES.contains(&text) || STORES.contains(&text) || text.strip_prefix("node-").is_some_and(|n| n.len() == 1);
-    known.then(|| text.to_owned()).ok_or_else(|| format!("`{text}` is nobody: {} {} node-a", ROLES.join(" "), STORES.join(" ")))
+    let known =
+        ROLES.contains(&text) || STORES.contains(&text) || text.strip_prefix("node-").is_some_and(|n| n.len() == 1);
+    known
+        .then(|| text.to_owned())
+        .ok_or_else(|| format!("`{text}` is nobody: {} {} node-a", ROLES.join(" "), STORES.join(" ")))
 }
 
 fn what(text: &str) -> Result<String, String> {
@@ -246,7 +329,9 @@ pub fn parse(text: &str) -> Result<Step, String> {
         rest.to_owned()
     };
     let number = |text: &str, unit: &str| {
-        text.strip_suffix(unit).and_then(|n| n.parse::<u32>().ok()).ok_or_else(|| format!("`{text}`: write a number with {unit}"))
+        text.strip_suffix(unit)
+            .and_then(|n| n.parse::<u32>().ok())
+            .ok_or_else(|| format!("`{text}`: write a number with {unit}"))
     };
     let signal = |word: &str| match word {
         "kill" => Some(Signal::SIGKILL),
@@ -312,7 +397,8 @@ pub fn parse(text: &str) -> Result<Step, String> {
         ["shell", w, ..] => Step::Shell { who: who(w)?, command: after(2), fails: None },
         ["fails", w, ..] => {
             let line = after(2);
-            let (command, words) = line.rsplit_once(" => ").ok_or_else(|| format!("{text}: write `=> TEXT` behind it"))?;
+            let (command, words) =
+                line.rsplit_once(" => ").ok_or_else(|| format!("{text}: write `=> TEXT` behind it"))?;
             Step::Shell { who: who(w)?, command: command.to_owned(), fails: Some(words.to_owned()) }
         }
         ["save", w] => Step::Save(who(w)?),

@@ -25,7 +25,8 @@ pub const LOOK: Duration = Duration::from_millis(50);
 const LEASE: &str = "ttl = \"4s\"\nheartbeat = \"500ms\"\nrenewal_timeout = \"1200ms\"";
 /// Room for a cluster, some set-aside directories, and a `fill-disk` that is over soon.
 const DISK_MB: u64 = 640;
-const PARAMETERS: &str = "shared_buffers = \"32MB\"\nmin_wal_size = \"32MB\"\nmax_wal_size = \"64MB\"\nmax_connections = 120";
+const PARAMETERS: &str =
+    "shared_buffers = \"32MB\"\nmin_wal_size = \"32MB\"\nmax_wal_size = \"64MB\"\nmax_connections = 120";
 pub const FILLER: &str = "filler";
 
 pub struct Stage {
@@ -113,12 +114,17 @@ impl Stage {
             let name = self.cluster.members[index].name.clone();
             let own = [self.setup.settings.get("all"), self.setup.settings.get(&name)].into_iter().flatten();
             let own: Vec<&str> = own.map(String::as_str).collect();
-            let lines = if own.iter().any(|text| text.contains("[crash]")) { String::new() } else { patience.to_owned() };
+            let lines =
+                if own.iter().any(|text| text.contains("[crash]")) { String::new() } else { patience.to_owned() };
             self.configure(index, &format!("{lines}\n{}", own.join("\n")))?;
             let image = self.cluster.base.join(format!("{name}.disk"));
             let file = std::fs::File::create(&image).map_err(|error| format!("make {}: {error}", image.display()))?;
             file.set_len(DISK_MB << 20).map_err(|error| format!("make {}: {error}", image.display()))?;
-            hosts::run("mkfs.ext4", &["-q", "-F", "-m", "0", "-E", "lazy_itable_init=1", &image.to_string_lossy()], "")?;
+            hosts::run(
+                "mkfs.ext4",
+                &["-q", "-F", "-m", "0", "-E", "lazy_itable_init=1", &image.to_string_lossy()],
+                "",
+            )?;
             let disk = self.disk(index).await?;
             self.disks.push(disk);
         }
@@ -191,7 +197,8 @@ impl Stage {
     fn configure(&self, member: usize, lines: &str) -> Result<(), String> {
         let path = self.cluster.members[member].config_file();
         let file = std::fs::OpenOptions::new().append(true).open(&path);
-        file.and_then(|mut file| writeln!(file, "\n{lines}")).map_err(|error| format!("write {}: {error}", path.display()))
+        file.and_then(|mut file| writeln!(file, "\n{lines}"))
+            .map_err(|error| format!("write {}: {error}", path.display()))
     }
 
     // === Looking ===
@@ -206,7 +213,8 @@ impl Stage {
             let counted = status["durability"]["members"].as_array().map_or(0, Vec::len);
             let nosync = self.setup.settings.values().filter(|text| text.contains("nosync = true")).count();
             let wanted = self.cluster.members.len() - 1 - nosync;
-            let settled = status["durability"]["degraded"] == false && (self.setup.mode == "async" || counted >= wanted);
+            let settled =
+                status["durability"]["degraded"] == false && (self.setup.mode == "async" || counted >= wanted);
             if settled {
                 return Ok(primary);
             }
@@ -240,7 +248,12 @@ impl Stage {
             postmaster: self.cluster.members[cast.primary].postmaster(),
             data: self.cluster.members.iter().map(|m| inode(&m.data_dir())).collect(),
             system: looks.iter().map(system).collect(),
-            logs: self.cluster.members.iter().map(|m| std::fs::metadata(m.agent_log()).map_or(0, |m| m.len())).collect(),
+            logs: self
+                .cluster
+                .members
+                .iter()
+                .map(|m| std::fs::metadata(m.agent_log()).map_or(0, |m| m.len()))
+                .collect(),
         }
     }
 
@@ -316,7 +329,8 @@ impl Stage {
             for pid in self.hosts.processes(&self.cluster.members[index].name) {
                 processes::send(pid, Signal::SIGCONT);
             }
-            if self.cluster.members[index].agent_ended().is_some() || self.cluster.members[index].agent_pid().is_none() {
+            if self.cluster.members[index].agent_ended().is_some() || self.cluster.members[index].agent_pid().is_none()
+            {
                 self.cluster.start_agent(index).map_err(|error| error.to_string())?;
             }
         }

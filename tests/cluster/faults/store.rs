@@ -114,8 +114,19 @@ impl Stage {
 fn restore(file: &Path, data: &Path, name: &str, url: &str, all: &str, token: &str) -> Result<(), String> {
     let (file, data) = (file.to_string_lossy(), data.to_string_lossy());
     etcdctl(&[
-        "snapshot", "restore", &file, "--data-dir", &data, "--name", name, "--initial-advertise-peer-urls", url,
-        "--initial-cluster", all, "--initial-cluster-token", token,
+        "snapshot",
+        "restore",
+        &file,
+        "--data-dir",
+        &data,
+        "--name",
+        name,
+        "--initial-advertise-peer-urls",
+        url,
+        "--initial-cluster",
+        all,
+        "--initial-cluster-token",
+        token,
     ])
 }
 
