@@ -68,6 +68,7 @@ async fn agent(token: Option<&str>) -> Agent {
         config,
         cluster,
         status: published_status,
+        endpoint: watch::channel(None).1,
         requests: mpsc::channel(1).0,
         answers: Arc::new(answers),
         clock: clock.clone(),

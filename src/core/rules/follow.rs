@@ -1,19 +1,24 @@
 //! Another member leads, or was chosen: follow it, after judging our own history against its (protocol §8, rejoin).
 
+use std::time::Duration;
+
 use super::{Facts, accept, bootstrap, duties, seconds};
 use crate::core::Lsn;
 use crate::core::memory::retry_delay;
 use crate::core::names::MemberName;
 use crate::core::outlook::outlook;
 use crate::core::plan::{Plan, Step};
-use crate::core::records::{LeaderRecord, LeaderState, Operation, Outcome};
+use crate::core::records::{Durability, LeaderRecord, LeaderState, Operation, Outcome};
 use crate::core::silence::{WayB, way_b};
 use crate::core::storage::aside_within_budget;
+use crate::core::time::Moment;
 use crate::core::timeline::{History, Term, TimelineId};
 use crate::core::view::{DataDirectory, LocalPostgres, Receiver, StandbyFacts, View};
 
 /// So many attempts at rejoining, then a person is asked.
 const REJOIN_ATTEMPTS: u32 = 3;
+/// How long the leader may take to drop who did not stream for `sync.max_stall`.
+const LEAVING: Duration = Duration::from_secs(2);
 
 pub fn rule(view: &View) -> Option<Plan> {
     let mut plan = follow_leader(view)?;
@@ -74,7 +79,7 @@ fn silence(facts: &Facts<'_>, leader: &LeaderRecord) -> Option<String> {
     if silent < timings.heartbeat * 3 / 2 || leader.state != LeaderState::Held {
         return None;
     }
-    let wait = timings.candidate_wait(std::time::Duration::from_millis(leader.ttl_ms));
+    let wait = timings.candidate_wait(Duration::from_millis(leader.ttl_ms));
     let says = outlook(facts.view).says;
     Some(format!("{} is silent for {} of {}: {says}", leader.holder.name, seconds(silent), seconds(wait)))
 }
@@ -279,6 +284,10 @@ fn diverged(facts: &Facts<'_>, record: &LeaderRecord, timeline: TimelineId, why:
     {
         return Plan::new("follow.retry", format!("{why}; trying again soon")).wake_at(after);
     }
+    if let Some(until) = leaves_by(facts) {
+        return Plan::new("follow.leaving", format!("{why}; not rewound while elections still count on these data"))
+            .wake_at(until);
+    }
     match view.memory.rejoin_failures {
         0 => match facts.source(&record.holder.name) {
             Some(from) => Plan::new("follow.rewind", format!("{why}: rewinding; the WAL that differs is kept"))
@@ -296,6 +305,17 @@ fn diverged(facts: &Facts<'_>, record: &LeaderRecord, timeline: TimelineId, why:
             ),
         ),
     }
+}
+
+/// L1: a member leaves the published set before its data are given up (protocol §4). Until then an election needs them, and
+/// two that are rewound at once could make one impossible. `None`: it has left, cannot leave, or was waited for long enough.
+fn leaves_by(facts: &Facts<'_>) -> Option<Moment> {
+    let view = facts.view;
+    let claim = facts.records.sync.value().filter(|claim| claim.mode != Durability::Async)?;
+    let named = claim.members.contains(facts.me()) && claim.members.len() > claim.k as usize;
+    // The leader drops who does not stream within `sync.max_stall`.
+    let until = view.memory.term_since?.plus(view.policy.max_stall + LEAVING);
+    (named && !view.now.any_reached(until)).then_some(until)
 }
 
 /// S5: nothing is set aside for the sake of a leader that has not renewed lately.
