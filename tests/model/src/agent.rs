@@ -75,8 +75,17 @@ pub fn outcome(seen: &Seen, max_term: u8) -> Outcome {
 }
 
 pub fn decided(seen: &Seen) -> (Plan, Packed, bool) {
-    let view = seen.view();
-    let plan = decide(&view);
+    let mut view = seen.view();
+    let mut plan = decide(&view);
+    // What the term rests on is written to the state file before anything else of a plan; nobody is asked for promises here,
+    // so the word itself decides nothing and is not kept.
+    while let Some(lead) = plan.steps.iter().find_map(|step| match step {
+        Step::RememberLead { lead } if view.memory.durable.lead.as_ref() != Some(lead) => Some((**lead).clone()),
+        _ => None,
+    }) {
+        view.memory.durable.lead = Some(lead);
+        plan = decide(&view);
+    }
     let lint = !lint::violations(&view, &plan).is_empty();
     (plan, seen.pack_memory(&view.memory), lint)
 }
@@ -94,7 +103,7 @@ fn pack(seen: &Seen, plan: &Plan, max_term: u8) -> Outcome {
             // Told to the others by an action of its own.
             Step::Commit { what, .. } if what == "publish this member" => {}
             // Every slot is there from the beginning, and one slot admits one walsender.
-            Step::KeepSlots { .. } | Step::EndWalsenders { .. } | Step::Reload => {}
+            Step::KeepSlots { .. } | Step::EndWalsenders { .. } | Step::Reload | Step::RememberLead { .. } => {}
             _ => one(seen, step, &mut out),
         }
     }

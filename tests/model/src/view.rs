@@ -11,7 +11,9 @@ use std::time::Duration;
 use crate::core::lease::{Takeover, Timings};
 use crate::core::peers::{Door, Heard, HolderSeen, Peer, Promise, Report, Sealable, Sighting, Sign};
 use crate::core::plan::{Follow, Source, SyncRule, walreceiver_name};
+use crate::core::promise::Promises;
 use crate::core::records::*;
+use crate::core::storage::{Storage, StoragePolicy};
 use crate::core::timeline::{History, HistoryEntry, Term, TimelineId};
 use crate::core::view::{Store as CoreStore, *};
 use crate::core::{Incarnation, Lsn, MemberId, MemberName, Moment};
@@ -67,6 +69,7 @@ pub fn cast() -> &'static Cast {
             rejoin_timeout: Duration::from_secs(100_000),
             // Data are rewound, never set aside: a clone is a member that is not there.
             reclone: false,
+            storage: StoragePolicy::default(),
             takeover: Takeover::default(),
             cold_start_wait: Duration::from_secs(600),
         },
@@ -92,6 +95,9 @@ pub fn cast() -> &'static Cast {
             overtaken: None,
             endpoint: None,
             witness: true,
+            promise: None,
+            highest_term: Term(0),
+            storage: StorageSummary::default(),
             kept: Vec::new(),
             rule: String::new(),
             reason: String::new(),
@@ -178,6 +184,7 @@ pub fn leader_record(store: &Store, leader: &Leader) -> LeaderRecord {
         takeover_ms: Takeover::default().after.as_millis() as u64,
         // Only makes the next one more patient.
         taken: None,
+        store_id: 7,
         lsn: None,
         last: Some(Published {
             member: id(0, 0),
@@ -360,6 +367,7 @@ impl Seen {
             },
             postgres: self.postgres(),
             guard: Guard { state, real_time: true, control_group: true, death_covered: true },
+            storage: Storage::default(),
             kept: Vec::new(),
         };
         let store = match &self.store {
@@ -374,7 +382,19 @@ impl Seen {
                 Some(Job { what: JobKind::Stop, since: NOW, done_bytes: None, total_bytes: None, result: None })
             }
         };
-        View { now: NOW, me, policy, local, store, lease: self.lease_view(), memory, peers, job, stopping: false }
+        View {
+            now: NOW,
+            me,
+            policy,
+            local,
+            store,
+            lease: self.lease_view(),
+            promises: Promises::default(),
+            memory,
+            peers,
+            job,
+            stopping: false,
+        }
     }
 
     fn postgres(&self) -> LocalPostgres {
@@ -400,6 +420,7 @@ impl Seen {
                 slots,
             }),
             Pg::Primary => LocalPostgres::Primary(PrimaryFacts {
+                slot_bound: None,
                 version: 150_000,
                 system_identifier: SYSTEM,
                 timeline: TimelineId(u32::from(self.timeline)),
@@ -502,6 +523,7 @@ impl Seen {
                 store_id: 7,
                 store_revision: 1,
                 must_follow: self.durable.3,
+                ..Durable::default()
             },
             term,
             // A start that waits for others is a start that comes later: it is left to the schedule.
@@ -545,6 +567,7 @@ impl Seen {
                 leader_revision: LEADER_AT,
                 seq: SEQ,
                 first_seen,
+                renewed: true,
             });
             if p.waited {
                 memory.releases = Some(SeenRelease { leader_revision: LEADER_AT, first_seen: NOW.minus(HOUR) });
