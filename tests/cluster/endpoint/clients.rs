@@ -37,7 +37,7 @@ async fn ordinary_clients_find_nothing_missing() {
         let file = cluster.base.join("big.copy");
         let path = file.display();
         said(&psql(port, &["-qc", &format!("\\copy big TO '{path}'")]).await);
-        assert!(std::fs::metadata(&file).unwrap().len() > 184 << 20);
+        assert!(std::fs::metadata(&file).unwrap().len() > 180 << 20);
         said(&psql(port, &["-qc", &format!("\\copy back FROM '{path}'")]).await);
         let compare = "SELECT count(*) FROM (TABLE big EXCEPT TABLE back) x";
         assert_eq!(said(&psql(port, &["-Atc", compare]).await), "0");
@@ -196,6 +196,9 @@ async fn answers_are_the_same_byte_for_byte() {
     let mut options = options("direct = true");
     options.members = 2;
     let (cluster, primary) = playing(options).await;
+    // Once: a table made anew has another number in its row descriptions.
+    let session = cluster.connect(primary, &Login::app()).await.unwrap();
+    session.batch_execute("CREATE TABLE t (a int)").await.unwrap();
     let q = |sql: &str| tagged(b'Q', format!("{sql}\0").as_bytes());
     let p = |name: &str, sql: &str| tagged(b'P', format!("{name}\0{sql}\0\0\0").as_bytes());
     let b = |name: &str| tagged(b'B', [b"\0", name.as_bytes(), b"\0\0\0\0\0\0\0"].concat().as_slice());
@@ -209,7 +212,7 @@ async fn answers_are_the_same_byte_for_byte() {
         // An error in a batch: everything up to Sync is skipped.
         vec![p("", "SELECT 1/0"), b(""), e.clone(), p("", "SELECT 3"), b(""), e.clone(), s.clone(), q("SELECT 4")],
         vec![
-            q("CREATE TEMP TABLE t (a int)"),
+            q("TRUNCATE t"),
             q("COPY t FROM STDIN"),
             tagged(b'd', b"1\n2\n"),
             s.clone(),
@@ -219,13 +222,7 @@ async fn answers_are_the_same_byte_for_byte() {
             q("COPY t TO STDOUT"),
             q("TABLE t"),
         ],
-        vec![
-            q("CREATE TEMP TABLE t (a int)"),
-            q("COPY t FROM STDIN"),
-            tagged(b'd', b"1\n"),
-            tagged(b'f', b"enough\0"),
-            q("SELECT 5"),
-        ],
+        vec![q("TRUNCATE t"), q("COPY t FROM STDIN"), tagged(b'd', b"1\n"), tagged(b'f', b"enough\0"), q("SELECT 5")],
         vec![p("", "COPY (SELECT generate_series(1, 5000)) TO STDOUT"), b(""), e.clone(), s.clone()],
         vec![
             q("LISTEN c"),
