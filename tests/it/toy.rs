@@ -631,7 +631,7 @@ impl Toy {
                 follows: follows.clone(),
                 receiver,
                 last_message: (receiver == Receiver::Streaming)
-                    .then(|| LastMessage { mark: now.raw / 1_000, age_ms: 0 }),
+                    .then_some(LastMessage { mark: now.raw / 1_000, age_ms: 0 }),
                 pending_restart: false,
                 slots: all_slots(&m.me),
             }),

@@ -158,6 +158,13 @@ pub fn wanted(facts: &Facts<'_>, claim: &SyncClaim, primary: &PrimaryFacts) -> W
     }
     let enough = (members.len() as u32).min(view.policy.k);
     let mode = view.policy.durability;
+    // L3: a removal ends with a barrier, for which those who stay have to acknowledge. While they do not, it would only
+    // keep the next change waiting: within `sync.max_stall` they do again, or go as well.
+    let acknowledge = members.iter().filter(|id| !view.memory.stalled.contains_key(&id.name)).count() as u32;
+    if acknowledge < enough && claim.members.iter().any(|id| !members.contains(id)) {
+        members.extend(claim.members.iter().cloned());
+        return Wanted { mode, members, k: claim.k };
+    }
     if mode == Durability::Strict && enough < view.policy.k.min(claim.k.max(1)) && claim.k > 0 {
         // Strict waits: the claim stays as it is until enough are back.
         let mut kept = claim.members.clone();
