@@ -1,8 +1,10 @@
 //! The budget of connections: who gets a place, who waits, and with which numbers.
 //!
-//!     capacity = max_connections − reserved − the agent's own
-//!     ├── promised: each consumer's guaranteed places, kept free for it whether it uses them or not
-//!     └── unpromised: for whoever wants more than was promised to him (burst), the one with the least of it first
+//! ```text
+//! capacity = max_connections − reserved − the agent's own
+//! ├── promised: each consumer's guaranteed places, kept free for it whether it uses them or not
+//! └── unpromised: for whoever wants more than was promised to him (burst), the one with the least of it first
+//! ```
 //!
 //! A consumer under its guarantee waits for nobody. Within a consumer it goes by the order of arrival. Places are never taken
 //! away from a session: fairness is in who gets the next one.

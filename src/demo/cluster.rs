@@ -47,7 +47,7 @@ pub struct Options {
     pub etcd_try_timeout: String,
     /// Lines of [postgresql.parameters].
     pub parameters: String,
-    /// Lines of [endpoint] besides its ports; `None`: no endpoint.
+    /// Lines of `[endpoint]` besides its ports; `None`: no endpoint.
     pub endpoint: Option<String>,
     pub log_level: String,
     /// Keep files and logs after the end; a cluster that failed keeps them anyway.

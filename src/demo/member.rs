@@ -87,7 +87,7 @@ pub struct Common {
     pub etcd_try_timeout: String,
     /// Lines of [postgresql.parameters].
     pub parameters: String,
-    /// Lines of [endpoint] besides its ports; `None`: no endpoint.
+    /// Lines of `[endpoint]` besides its ports; `None`: no endpoint.
     pub endpoint: Option<String>,
     pub log_level: String,
 }

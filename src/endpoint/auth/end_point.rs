@@ -42,7 +42,7 @@ pub fn end_point(der: &[u8]) -> Option<Arc<[u8]>> {
     }
 }
 
-/// RSASSA-PSS-params ::= SEQUENCE { hashAlgorithm [0] AlgorithmIdentifier DEFAULT sha1, … }
+/// `RSASSA-PSS-params ::= SEQUENCE { hashAlgorithm [0] AlgorithmIdentifier DEFAULT sha1, … }`
 fn pss_hash(parameters: &Any) -> Option<String> {
     let mut fields = SliceReader::new(parameters.value()).ok()?;
     if fields.is_finished() {

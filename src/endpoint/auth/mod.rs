@@ -1,8 +1,10 @@
 //! Who a client is: rules, SCRAM with PostgreSQL's own verifiers, certificates; and the same client's login to a backend.
 //!
-//!     StartupMessage ──► rules ──► SCRAM with the verifier ──► role may log in? ──► AuthenticationOk, Credentials
-//!                        (config)   (cache of pg_authid)                                 │
-//!                                                             gate: login::log_in(backend, &credentials)
+//! ```text
+//! StartupMessage ──► rules ──► SCRAM with the verifier ──► role may log in? ──► AuthenticationOk, Credentials
+//!                    (config)   (cache of pg_authid)                                 │
+//!                                                         gate: login::log_in(backend, &credentials)
+//! ```
 //!
 //! No password is ever known here: a proof gives the ClientKey, and that logs in to every backend with the same verifier.
 //! Whoever is refused before the proof is told what PostgreSQL tells: nothing about which roles there are.
