@@ -1,9 +1,11 @@
 //! The writers alone, against servers that somebody else runs: one probe for us and for rivals (scripts/compare).
 //! One order a line on standard input, one JSON document a line as the answer; the end of the input ends it.
 //!
-//!     mark         what follows counts from now
-//!     written      waits for the acknowledgement of a write that was sent after the mark
-//!     report       longest time without an acknowledged write since the mark, errors, acknowledged rows that are lost
+//! ```text
+//! mark         what follows counts from now
+//! written      waits for the acknowledgement of a write that was sent after the mark
+//! report       longest time without an acknowledged write since the mark, errors, acknowledged rows that are lost
+//! ```
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};

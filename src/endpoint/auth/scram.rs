@@ -1,8 +1,10 @@
 //! SCRAM-SHA-256 and -PLUS, both sides, without I/O (RFC 5802, 7677; PostgreSQL's auth-scram.c says what it takes).
 //!
-//!     client-first ──► Exchange::challenge ──► Challenged::check ──► Proven { client_key, … }, server-final
-//!                                    server-first                     │
-//!     backend's login:  Login::first ──► Login::answer(server-first) ──► Answered::verify(server-final)
+//! ```text
+//! client-first ──► Exchange::challenge ──► Challenged::check ──► Proven { client_key, … }, server-final
+//!                                server-first                     │
+//! backend's login:  Login::first ──► Login::answer(server-first) ──► Answered::verify(server-final)
+//! ```
 //!
 //! A proof is ClientKey XOR a signature that whoever holds the verifier can compute: the endpoint learns ClientKey, and with
 //! it logs in to a backend that holds the same verifier. The password is never known here.
