@@ -264,6 +264,9 @@ fn nothing_is_created_while_a_member_remembers_a_cluster() {
     view.me.system_identifier = None;
     view.memory.durable = Default::default();
     assert_eq!(decide(&view).rule, "bootstrap.claim");
+    let mut tagged = view.clone();
+    tagged.me.tags.nofailover = true;
+    assert_eq!(decide(&tagged).rule, "bootstrap.not_to_lead", "whoever creates has to lead, or nobody ever does");
     let mut wiped = view.clone();
     wiped.me.system_identifier = Some(SYSTEM);
     assert_eq!(decide(&wiped).rule, "bootstrap.lost_init");

@@ -54,6 +54,14 @@ pub fn create(view: &View) -> Option<Plan> {
     if let Some(wait) = waiting_for_members(&facts) {
         return Some(wait);
     }
+    if !view.me.tags.may_lead() {
+        // L1: its data would be the only ones, and nobody could ever be elected from them.
+        return Some(Plan::new(
+            "bootstrap.not_to_lead",
+            "no cluster is in the store; this member must not lead (nofailover or failover_priority 0), so one without such a \
+             tag has to create it",
+        ));
+    }
     let compare = match facts.leader {
         None => 0,
         Some(leader) => {
